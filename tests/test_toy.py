@@ -1,0 +1,134 @@
+"""The embedded world: its arithmetic, its grammar read back, its tokenizer, and the shipped checkpoints against the known truth."""
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+from data import load_model, load_problems, load_tokenizer, problem_ids, split_completion
+from eval import load_gsrm, true_structure
+from gsrm import Step, format_steps, report_card
+from rollout import Sampler
+
+SHIPPED = Path(toy.FOLDER)
+
+
+def worlds(count: int, seed: int = 0, people: int = 9, needed: tuple[int, int] = (4, 6)):
+    rng = random.Random(seed)
+    return [(rng, toy.make_world(rng, people, needed)) for _ in range(count)]
+
+
+def test_worlds_add_up_and_have_the_asked_size():
+    for _, w in worlds(200):
+        assert len(w.parts) == 9 and 4 <= len(w.needed) <= 6 and w.target in w.needed
+        for x, parts in w.parts.items():
+            assert w.values[x] in range(10) and (not parts or w.values[x] == sum(w.values[o] for o in parts) % 10)
+
+
+@pytest.mark.parametrize("second_first", [False, True])
+def test_the_teachers_walk_never_uses_what_it_has_not_found(second_first):
+    for _, w in worlds(200):
+        looked, known = set(), set()
+        for kind, serves, x in toy.plan(w.parts, w.target, second_first):
+            if kind == "look":
+                assert serves == x == w.target or (x in w.parts[serves] and serves in looked)
+                looked.add(x)
+                known |= set() if w.parts[x] else {x}
+            else:
+                assert serves == x and set(w.parts[x]) <= known
+                known.add(x)
+        assert looked == known == set(w.needed)
+
+
+@pytest.mark.parametrize("voice", ["student", "teacher"])
+def test_what_is_said_is_read_back(voice):
+    for rng, w in worlds(200):
+        hops, _ = toy.novice(rng, w, 0.6, 12)
+        true = [Step(f"to know {p}", f"what has {x}", " plus ".join(w.parts[x]) or str(w.values[x])) if kind == "look" else
+                Step(f"{x} is ready", f"add up {x}", str(w.values[x])) for kind, p, x in hops]
+        assert toy.read(" ".join(toy.say(rng, w, hops, voice))) == true
+
+
+def test_reading_passes_over_what_is_no_sentence():
+    assert toy.read("") == toy.read("for Ann, Gus has. Ann has Gus plus. plus plus.") == []
+    assert toy.read("for Ann, Gus has Eli plus Fay. for Ann, Gus") == [Step("to know Ann", "what has Gus", "Eli plus Fay")]
+    assert toy.read("so Ann: 1 plus 2, Bob makes 3.") == []                            # the two mentions must agree
+
+
+def test_a_novice_that_never_wanders_walks_as_the_teacher():
+    for rng, w in worlds(100):
+        hops, answer = toy.novice(rng, w, 0.0, 99)
+        assert hops in (toy.plan(w.parts, w.target), toy.plan(w.parts, w.target, True)) and answer == w.values[w.target]
+
+
+def test_a_wandering_novice_guesses_right_one_time_in_ten():
+    guesses = [(a == w.values[w.target], w.target in {x for kind, _, x in hops if kind == "add"}) for rng, w in worlds(1500) for hops, a in [toy.novice(rng, w, 0.9, 6)]]
+    lost = [right for right, walked in guesses if not walked]
+    assert len(lost) > 1000 and 0.07 < sum(lost) / len(lost) < 0.13
+
+
+def test_two_teacher_traces_are_two_branches_of_one_problem():
+    for p in toy.make_problems(3, 50, 11, (7, 8)):
+        branches = [toy.read(t) for t in p.teachers]
+        assert 1 <= len(branches) <= 2 and all(b[-1].answer == p.answer for b in branches)
+        assert len(branches) == 1 or (branches[0] != branches[1] and sorted(map(str, branches[0])) == sorted(map(str, branches[1])) or len(branches[0]) == len(branches[1]))
+
+
+def test_words_of_the_world_are_single_tokens_and_any_text_survives():
+    tok = toy.tokenizer(thinks=True)
+    for rng, w in worlds(50, people=11, needed=(7, 8)):
+        text = toy.question(w, rng) + " " + " ".join(toy.say(rng, w, toy.plan(w.parts, w.target), rng.choice(["student", "teacher"])))
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and not [tok.decode([i]) for i in ids if i < 256 and chr(i).isalpha()]
+    for text in ("naïve 日本語 \x00 <|im_end|>", "[Answer 3]: x", ""):
+        assert tok.decode(tok.encode(text)) == text
+    assert len(tok) < 700
+
+
+def test_problems_are_a_function_of_the_seed():
+    assert toy.make_problems(7, 5, 9, (4, 6)) == toy.make_problems(7, 5, 9, (4, 6)) != toy.make_problems(8, 5, 9, (4, 6))
+
+
+def test_training_texts_of_gsrm_are_in_the_step_format():
+    from gsrm import parse_steps
+    rng = random.Random(0)
+    for _ in range(200):
+        prompt, target = toy.gsrm_text(rng, 1.0)
+        assert target in ("yes", "no") or (format_steps(parse_steps(target).steps) == target and prompt.startswith("Write the steps"))
+
+
+# ------------------------------------------------------------------------------------------------ what ships in toy/
+
+def test_shipped_folder_is_small_and_its_problems_are_those_of_the_code():
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 6e6
+    assert load_problems("toy") == toy.make_problems(1, 256, 11, (7, 8)) and load_problems("toy", "test") == toy.make_problems(2, 256, 11, (7, 8))
+    assert not {p.problem for p in load_problems("toy")} & {p.problem for p in load_problems("toy", "test")}
+    assert load_tokenizer("toy/student").spec == toy.tokenizer(thinks=True).spec and load_tokenizer("toy/gsrm").spec == toy.tokenizer(thinks=False).spec
+
+
+def test_shipped_gsrm_reads_teacher_and_student_as_they_are():
+    gsrm = load_gsrm("toy/gsrm", "", None, "cpu", 240)
+    problems = load_problems("toy", "test")[:24]
+    model, tok = load_model("toy/student")
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 150, 1.0, seed=5)
+    for traces in ([p.teachers[0] for p in problems], [split_completion(tok.decode(rollout.completion(n)))[0] for n in range(len(problems))]):
+        card = report_card(gsrm.decompose([p.problem for p in problems], traces), [toy.read(t) for t in traces])
+        assert card["f1"] > 0.95 and card["exact"] > 0.8, card
+
+
+def test_shipped_judge_knows_same_from_different():
+    gsrm = load_gsrm("toy/gsrm", "", None, "cpu", 240)
+    same = gsrm.judge([("answer", "Ann plus Bob", "Bob plus Ann"), ("answer", "Lou plus Eli", "Eli plus Lou")])
+    other = gsrm.judge([("answer", "Ann plus Bob", "Ann plus Cid"), ("meta", "to know Ann", "to know Bob"), ("meta", "to know Ann", "Ann is ready"), ("query", "what has Fay", "add up Fay")])
+    assert min(same) > 0.5 > max(other)
+
+
+def test_shipped_student_starts_at_the_guessing_floor():
+    model, tok = load_model("toy/student")
+    problems = load_problems("toy", "test")[:128]
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 150, 1.0, seed=1)
+    texts = [tok.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(problems))]
+    assert sum(f"\\boxed{{{p.answer}}}" in t for t, p in zip(texts, problems)) / 128 < 0.25
+    true = true_structure(toy.read, problems, texts)
+    assert 0.0 < sum(true) / 128 < 0.3 and torch.tensor(true).unique().numel() > 3       # a mild share of good beginnings: something for RL to find

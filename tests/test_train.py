@@ -1,0 +1,206 @@
+"""The loop: exact resume, equal runs, one gradient whatever the micro-batch or the number of processes, unscored rows left out, clear refusals."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train
+from checkpoint import load_optimizer, save_checkpoint
+from data import load_model, problem_ids, stop_and_pad_ids, write_jsonl
+from gsrm import Score
+from rollout import Sampler
+from toy import make_problems
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--problems_per_step", "4", "--group_size", "4", "--max_new_tokens", "40", "--eval_problems", "0", "--gsrm", "toy:read", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from dataclasses import asdict
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_jsonl(path, [asdict(p) for p in make_problems(5, 12, 5, (2, 4))])
+    return path
+
+
+def config(data, out, *flags):
+    return train.parse_config([*SMALL, "--data", str(data), "--out", str(out), *flags])
+
+
+def weights(out, name="model"):
+    return load_file(Path(out) / name / "model.safetensors")
+
+
+def lines(out):
+    """log.jsonl without clock times."""
+    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """One run of 4 steps."""
+    out = tmp_path_factory.mktemp("straight")
+    train.main(config(data, out, "--steps", "4", "--save_every", "2"))
+    return out
+
+
+def test_a_resumed_run_is_the_straight_run_bitwise(data, straight, tmp_path):
+    train.main(config(data, tmp_path, "--steps", "2", "--save_every", "2"))
+    with (tmp_path / "log.jsonl").open("a") as file:                       # what a run that was killed in step 4 leaves behind
+        file.write(json.dumps({"step": 3, "reward": 9.0}) + '\n{"step": 4, "rew')
+    (tmp_path / "checkpoints" / ".step_000003").mkdir()                    # and a checkpoint that was never finished
+    train.main(config(data, tmp_path, "--steps", "4", "--save_every", "2", "--resume", "auto"))
+    a, b = weights(straight), weights(tmp_path)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["model.norm.weight"], weights(straight, "checkpoints/step_000002")["model.norm.weight"])
+    assert lines(straight) == lines(tmp_path) and [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+    assert (straight / "rollouts.jsonl").read_text() == (tmp_path / "rollouts.jsonl").read_text()
+
+
+def test_two_equal_runs_are_equal_and_another_seed_is_not(data, straight, tmp_path):
+    train.main(config(data, tmp_path / "a", "--steps", "1"))
+    train.main(config(data, tmp_path / "b", "--steps", "1", "--seed", "4"))
+    first = [line for line in (straight / "rollouts.jsonl").read_text().splitlines() if json.loads(line)["step"] == 1]
+    assert (tmp_path / "a" / "rollouts.jsonl").read_text().splitlines() == first != (tmp_path / "b" / "rollouts.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("aggregation,level", [("token", "token"), ("sequence", "token"), ("fixed", "token"), ("sequence", "sequence")])
+def test_the_update_does_not_depend_on_the_micro_batch(data, tmp_path, aggregation, level):
+    results = []
+    for tokens in (1, 200, 100_000):                                       # rows one by one, a few, all at once
+        out = tmp_path / str(tokens)
+        train.main(config(data, out, "--steps", "2", "--max_tokens", str(tokens), "--aggregation", aggregation, "--level", level, "--beta", "0.01", "--w_format", "0.5"))
+        results.append(weights(out))
+    for other in results[1:]:
+        assert max(float((other[k] - results[0][k]).abs().max()) for k in other) < 1e-5              # Adam's first steps turn rounding of tiny gradients into this much
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_the_update_does_not_depend_on_the_number_of_processes(data, straight, tmp_path, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29631", "train.py", *SMALL, "--data", str(data), "--out", str(tmp_path), "--steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = weights(straight, "checkpoints/step_000002"), weights(tmp_path)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+    assert [{k: row[k] for k in ("reward", "num_tokens", "frac_reward_zero_std")} for row in lines(tmp_path)] == [{k: row[k] for k in ("reward", "num_tokens", "frac_reward_zero_std")} for row in lines(straight)[:2]]
+
+
+def test_ratio_is_one_on_the_first_pass(straight):
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 and row["clip_ratio/region_mean"] == 0 for row in lines(straight))
+
+
+def test_the_logged_figures_are_those_of_the_rollouts(straight):
+    rows = [json.loads(line) for line in (straight / "rollouts.jsonl").read_text().splitlines()]
+    for log in lines(straight):
+        of_step = [r for r in rows if r["step"] == log["step"]]
+        assert len(of_step) == 16 and log["num_tokens"] == sum(r["length"] for r in of_step)
+        assert log["rewards/structure/mean"] == pytest.approx(sum(r["rewards"]["structure"] for r in of_step) / 16) == pytest.approx(log["true_structure"])   # the rule is the truth
+        assert log["completions/clipped_ratio"] == sum(r["stop"] == "length" for r in of_step) / 16
+        groups = [[r["advantage"] for r in of_step[g:g + 4]] for g in range(0, 16, 4)]
+        assert log["frac_reward_zero_std"] == sum(not any(g) for g in groups) / 4 and all(abs(sum(g)) < 1e-5 for g in groups)
+
+
+def one_step(data, scores):
+    """Parameters after one update in which GSRM gives `scores` (a function of the row number)."""
+    cfg = replace(config(data, "unused"), w_outcome=0.0)
+    model, tok = load_model("toy/student")
+    problems = train.load_problems(data)[:4]
+    prompts = [problem_ids(tok, p) for p in problems]
+    rollout = Sampler(model, *stop_and_pad_ids(model, tok)).generate(prompts, 4, 40, 1.0)
+    rewards = {"structure": [scores(n) for n in range(16)]}
+    adv, scored = train.advantages(rewards, cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train.update(model, None, optimizer, [prompts[n // 4] for n in range(16)], rollout, adv, scored, cfg)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), adv, scored
+
+
+def test_an_unscored_row_is_left_out_and_never_a_zero(data):
+    value = lambda n: (n % 4) / 4
+    gone, adv, scored = one_step(data, lambda n: None if n == 5 else value(n))
+    assert not scored[5] and adv[5] == 0 and scored.sum() == 15
+    assert torch.allclose(adv[4:8].sum(), torch.tensor(0.0), atol=1e-6)    # the others are compared among themselves
+    zero, adv_zero, _ = one_step(data, lambda n: 0.0 if n == 5 else value(n))
+    assert not torch.equal(gone, zero) and adv_zero[5] < 0
+
+
+def test_spreadless_groups_move_nothing(data):
+    same, adv, _ = one_step(data, lambda n: 0.5)
+    start = torch.cat([p.detach().flatten() for p in load_model("toy/student")[0].parameters()])
+    assert torch.equal(same, start) and not adv.any()
+
+
+def test_an_outage_of_the_reward_model_is_no_reward_of_zero(data, tmp_path, monkeypatch):
+    class Down:
+        stats: dict = {}
+        def __call__(self, problems, traces, teachers): return [Score(None, reason="endpoint down") for _ in traces]
+    monkeypatch.setattr(train.evaluation, "load_gsrm", lambda *a: Down())
+    train.main(config(data, tmp_path, "--steps", "1"))
+    row, = lines(tmp_path)
+    assert row["unscored"] == 16 and row["skipped_step"] == 1 and row["loss"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path).values(), load_file(ROOT / "toy/student/model.safetensors").values()))
+
+
+def test_cursor_goes_through_every_problem_each_epoch():
+    seen = [i for step in range(15) for i in train.cursor(12, 4, 0, step)]
+    assert all(sorted(seen[e:e + 12]) == list(range(12)) for e in range(0, 60, 12)) and seen[:12] != seen[12:24]
+    assert train.cursor(12, 5, 0, 2) == [i for s in range(4) for i in train.cursor(12, 5, 0, s)][10:15] != train.cursor(12, 5, 1, 2)
+    assert len(train.cursor(3, 8, 0, 0)) == 8                              # fewer problems than places in a step
+
+
+@pytest.mark.parametrize("text,finished,reward", [
+    ("a</think>\n\\boxed{4}", True, 1), ("<think>a</think>\\boxed{4}", True, 1), ("a</think>\n\\boxed{4}", False, 0), ("a \\boxed{4}", True, 0),
+    ("a</think>4", True, 0), ("a</think>b</think>\\boxed{4}", True, 0), ("a<think>b</think>\\boxed{4}", True, 0)])
+def test_format_reward(text, finished, reward):
+    assert train.format_reward(text, finished) == reward
+
+
+def test_checkpoint_brings_the_optimiser_back(tmp_path):
+    model, tok = load_model("toy/student")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, model, tok, optimizer, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+    again = torch.optim.AdamW(load_model(tmp_path / "step_000003")[0].parameters(), lr=1e-3)
+    assert load_optimizer(tmp_path / "step_000003", again) == 3
+    a, b = optimizer.state_dict()["state"], again.state_dict()["state"]
+    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_the_exported_model_is_a_hugging_face_checkpoint(straight):
+    model = AutoModelForCausalLM.from_pretrained(straight / "model")
+    ours, _ = load_model(straight / "checkpoints" / "step_000004")
+    x = torch.arange(300, 330)[None]
+    assert torch.equal(model(input_ids=x).logits, ours(input_ids=x).logits)
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--stepz", "3"], "--stepz"), (["--preset", "huge"], "choose one of"), (["--group_size", "1"], "use 2 or more"), (["--combine", "product"], "--combine product"),
+    (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--w_structure", "0", "--w_outcome", "0"], "at least one reward"), (["--preset", "none"], "--model is needed"), (["--lr", "fast"], "--lr")])
+def test_bad_flags_end_with_one_line_that_says_what_to_change(flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_config(flags)
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(data, straight):
+    before = (straight / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(config(data, straight, "--steps", "4"))
+    with pytest.raises(ValueError, match="--lr was 0.0005, is 0.1"):
+        train.main(config(data, straight, "--steps", "4", "--resume", "auto", "--lr", "0.1"))
+    assert (straight / "log.jsonl").read_text() == before
+
+
+def test_problems_without_teachers_cannot_be_structure_rewarded(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "problem": "1+1?", "answer": "2"}])
+    with pytest.raises(ValueError, match="no teacher trace"):
+        train.load_data(config(tmp_path / "p.jsonl", tmp_path / "out"))
+    assert len(train.load_data(config(tmp_path / "p.jsonl", tmp_path / "out", "--w_structure", "0"))[0]) == 1

@@ -1,0 +1,366 @@
+"""The embedded world: small problems whose multi-branch structure is known, their teacher, and the tiny student and GSRM that ship in toy/.
+
+People hold numbers. Each person's number is given, or is the sum (mod 10) of two others'. Facts stand in shuffled order, one person is asked for:
+
+    We know: Fay has 0. Dee has 6. Gus has Eli plus Fay. Ann has Gus plus Dee. Ivy has 4. Eli has 4. How many has Ann?
+
+The teacher goes top-down: start at the question, look up what is needed, go into the first unknown part, come back and add. Taking the second part
+first is just as good: that is its second trace, a real branch. A step is one hop: meta = whom it serves, query = whom we look up or add, answer = what
+was found. The student (the "novice") knows the same facts in other words and wanders: with a probability drawn per trace it looks up somebody that
+nothing needs; its steps are few, and when they run out it guesses. Looking up and adding it knows; *choosing* is what RLKD has to teach it.
+
+    python toy.py                          # problems, tokenizer, student, GSRM -> toy/ (log in toy/make.log)
+    python toy.py problems --people 9 --needed 4 6 --count 256 --seed 1 --out dense.jsonl
+
+Sums are mod 10, so a guess is right one time in ten: that floor belongs in every table. `read` parses a trace by the world's grammar: the true
+structure, which only measures the learned GSRM and never trains a student.
+"""
+import argparse
+import random
+import re
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, split_completion, write_jsonl
+from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
+from rollout import Sampler, TextModel
+from sft import train_pairs
+
+MOD, FOLDER = 10, Path(__file__).parent / "toy"
+NAMES = "Ann Bob Cid Dee Eli Fay Gus Hal Ivy Jim Kay Lou Max Ned".split()
+
+# ------------------------------------------------------------------------------------------------ the world
+
+@dataclass(frozen=True)
+class World:
+    """parts[x] = the two people whose numbers add up to x's, or () if x's number is given; values[x] = the number; needed = whom the question needs."""
+    parts: dict[str, tuple[str, ...]]
+    values: dict[str, int]
+    target: str
+    needed: tuple[str, ...]
+
+
+def make_world(rng: random.Random, people: int, needed: tuple[int, int]) -> World:
+    """A random world of `people` persons in which answering takes between needed[0] and needed[1] of them."""
+    while True:
+        names = rng.sample(NAMES, people)
+        parts = {x: tuple(rng.sample(names[:i], 2)) if i >= 3 and rng.random() > 0.35 else () for i, x in enumerate(names)}
+        values: dict[str, int] = {}
+        for x in names:
+            values[x] = sum(values[o] for o in parts[x]) % MOD if parts[x] else rng.randrange(MOD)
+        target = rng.choice(names)
+        chain = [x for kind, _, x in plan(parts, target) if kind == "look"]
+        if needed[0] <= len(chain) <= needed[1]:
+            return World(parts, values, target, tuple(chain))
+
+
+Hop = tuple[str, str, str]                              # (kind, whom it serves, who): ("look", "Ann", "Gus") or ("add", "Gus", "Gus")
+
+
+def plan(parts: dict[str, tuple[str, ...]], target: str, second_first: bool = False) -> list[Hop]:
+    """The teacher's walk: look at whoever is needed, his parts depth first, then add them up."""
+    hops: list[Hop] = []
+
+    def visit(serves: str, x: str) -> None:
+        hops.append(("look", serves, x))
+        for o in parts[x][::-1] if second_first else parts[x]:
+            if ("look", o) not in [(kind, who) for kind, _, who in hops]:
+                visit(x, o)
+        if parts[x]:
+            hops.append(("add", x, x))
+
+    visit(target, target)
+    return hops
+
+
+def novice(rng: random.Random, world: World, wander: float, budget: int) -> tuple[list[Hop], int]:
+    """(hops, final answer) of a student that leaves the teacher's walk with probability `wander` at each step and guesses when its budget is out."""
+    todo, hops, looked, known = plan(world.parts, world.target, rng.random() < 0.5), [], set(), set()
+    while len(hops) < budget and world.target not in known:
+        hop = next(h for h in todo if h[2] not in (looked if h[0] == "look" else known) and (h[0] == "look" or set(world.parts[h[2]]) <= known))
+        if rng.random() < wander:
+            ready = [x for x in looked - known if world.parts[x] and set(world.parts[x]) <= known]
+            others = [x for x in world.values if x not in looked]
+            if ready and rng.random() < 0.3:
+                hop = ("add", x := rng.choice(sorted(ready)), x)
+            elif others:
+                x = rng.choice(others)
+                hop = ("look", rng.choice([y for y in world.parts if x in world.parts[y]] or [world.target]), x)
+        kind, _, x = hop
+        hops.append(hop)
+        if kind == "look":
+            looked.add(x)
+        if kind == "add" or not world.parts[x]:
+            known.add(x)
+    return hops, world.values[world.target] if world.target in known else rng.randrange(MOD)
+
+
+def drill(rng: random.Random, world: World, budget: int) -> list[Hop]:
+    """Look everybody up and add everything, in an order in which parts come first: practice in the two skills a walk is made of."""
+    hops: list[Hop] = []
+    for x in world.values:
+        hops.append(("look", rng.choice([y for y in world.parts if x in world.parts[y]] or [x]), x))
+        if world.parts[x]:
+            hops.append(("add", x, x))
+    return hops[:budget]
+
+# ------------------------------------------------------------------------------------------------ words
+
+FACTS = {"plain": ("{x} has {d}.", "How many has {x}?"), "other": ("{x} has {d};", "{x} has how many?")}
+VOICES = {   # per voice and kind of hop, its paraphrases; {d} is what a look finds ("Eli plus Fay" or "4"), {va} {vb} {v} the numbers of a sum
+    "student": {"look": ("for {p}, {x} has {d}.", "{p} wants this: {x} has {d}.", "see {p}: {x} has {d}."),
+                "add": ("so {x}: {va} plus {vb}, {x} makes {v}.", "add for {x}: {va} and {vb}, {x} makes {v}.", "then {x} from {va} and {vb}: {x} makes {v}.")},
+    "teacher": {"look": ("hmm, {p} depends on {x}, and {x} comes to {d}.", "knowing {x} helps {p}; it holds {d}.", "first {x}, because {p} rests on it: {d}."),
+                "add": ("now {x} must be {va} with {vb}, giving {v}.", "joining {va} with {vb}, {x} comes out as {v}.", "hence {x} equals {v}, from {va} with {vb}.")}}
+PAIR = {"student": "{a} plus {b}", "teacher": "{a} together with {b}"}
+META = {"look": "to know {p}", "add": "{x} is ready"}
+QUERY = {"look": "what has {x}", "add": "add up {x}"}
+
+
+def question(world: World, rng: random.Random, wording: str = "plain") -> str:
+    """The problem's text; the wording "other" is never seen in pretraining (the transfer test)."""
+    fact, asked = FACTS[wording]
+    found = lambda x: PAIR["student"].format(a=world.parts[x][0], b=world.parts[x][1]) if world.parts[x] else str(world.values[x])
+    facts = [fact.format(x=x, d=found(x)) for x in rng.sample(list(world.parts), len(world.parts))]
+    return f"We know: {' '.join(facts)} {asked.format(x=world.target)}"
+
+
+def say(rng: random.Random, world: World, hops: list[Hop], voice: str, slip: float = 0.0) -> list[str]:
+    """One sentence a hop, each a paraphrase drawn by rng; with probability `slip` what was found is wrong."""
+    sentences = []
+    for kind, p, x in hops:
+        a, b = world.parts[x] or ("", "")
+        v = rng.randrange(MOD) if rng.random() < slip else world.values[x]
+        if rng.random() < slip and a:
+            a = rng.choice(NAMES)
+        d = PAIR[voice].format(a=a, b=b) if a else str(v)
+        sentences.append(rng.choice(VOICES[voice][kind]).format(p=p, x=x, d=d, va=world.values.get(a, 0), vb=world.values.get(b, 0), v=v))
+    return sentences
+
+
+def grammar() -> list[tuple[re.Pattern[str], str]]:
+    """(pattern, kind) of every sentence of the world, both voices."""
+    found = r"(?:(?P<v>\d)|(?P<a>\w+) (?:plus|together with) (?P<b>\w+))"
+    groups = dict(p=r"(?P<p>\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
+    patterns = []
+    for kinds in VOICES.values():
+        for kind, templates in kinds.items():
+            for template in templates:
+                pieces = re.split(r"\{(\w+)\}", template)                                    # text, field, text, field, ... ; a field's second mention refers back
+                seen: set[str] = set()
+                body = "".join(re.escape(piece) if i % 2 == 0 else f"(?P={piece})" if piece in seen else (seen.add(piece) or groups[piece]) for i, piece in enumerate(pieces))
+                patterns.append((re.compile(body), kind))
+    return patterns
+
+
+GRAMMAR = grammar()
+
+
+def read(trace: str) -> list[Step]:
+    """The true structure of a trace in either voice: the steps of its well-formed sentences, in order; anything else is passed over."""
+    steps = []
+    for sentence in re.findall(r"[^.]*\.", trace):
+        for pattern, kind in GRAMMAR:
+            if match := pattern.fullmatch(sentence.strip()):
+                g = match.groupdict()
+                found = f"{g['a']} plus {g['b']}" if g.get("a") else g["v"]
+                steps.append(Step(META[kind].format(p=g.get("p"), x=g["x"]), QUERY[kind].format(x=g["x"]), found))
+                break
+    return steps
+
+
+def make_problem(rng: random.Random, name: str, people: int, needed: tuple[int, int], wording: str = "plain") -> Problem:
+    """A Problem with the teacher's two traces (one where both orders give the same walk)."""
+    world = make_world(rng, people, needed)
+    walks = list(dict.fromkeys(tuple(plan(world.parts, world.target, swap)) for swap in (False, True)))
+    text = question(world, rng, wording)
+    return Problem(name, text, str(world.values[world.target]), tuple(" ".join(say(rng, world, list(w), "teacher")) for w in walks), "toy")
+
+
+def make_problems(seed: int, count: int, people: int, needed: tuple[int, int], wording: str = "plain") -> list[Problem]:
+    """`count` different problems of one level."""
+    rng, problems = random.Random(seed), {}
+    while len(problems) < count:
+        p = make_problem(rng, f"{people}-{needed[0]}{needed[1]}-{seed}-{len(problems)}", people, needed, wording)
+        problems.setdefault(p.problem, p)
+    return list(problems.values())
+
+# ------------------------------------------------------------------------------------------------ tokenizer and training examples
+
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PATTERN = r" ?[A-Z][a-z]+ (?:has|makes)(?= )|\n?\[(?:Meta-reasoning|Sub-problem|Answer) \d+\]:|\[No steps\]|</?[a-z]+>|\n?\\boxed\{| ?[A-Za-z]+| ?\d|\n| ?[^\sA-Za-z\d]|\s"
+
+
+def tokenizer(thinks: bool) -> TiktokenTokenizer:
+    """Every word of the world is one token, with and without a blank before it; anything else falls back to bytes. The student's template opens <think>."""
+    texts = [t for voice in VOICES.values() for ts in voice.values() for t in ts] + [t for ts in FACTS.values() for t in ts] + [*PAIR.values(), *META.values(), *QUERY.values()]
+    texts += [decompose_prompt("", ""), *(judge_prompt(kind, "", "") for kind in KINDS), "We know yes no user assistant system"]
+    names = {f"{blank}{x} {verb}" for x in NAMES for verb in ("has", "makes") for blank in ("", " ")}       # one token: looking a person up is then plain induction
+    words = {w for text in texts for w in re.findall("[A-Za-z]{2,}", re.sub(r"\{\w+\}", " ", text))} | set(NAMES) | set("0123456789")
+    tags = [piece for piece in re.findall(PATTERN, format_steps([Step("a", "b", "c")] * 24)) if piece.strip().startswith("[")]
+    marks = re.findall(PATTERN, decompose_prompt("", "") + "<think></think>") + ["\n\\boxed{", "\\boxed{", "[No steps]"]
+    pieces = {m for m in marks if len(m) > 1 and not m.strip().isalpha()} | set(tags) | words | {" " + w for w in words}
+    return TiktokenTokenizer(dict(name="nanorlkd-toy", pattern=PATTERN, words=sorted(p for p in pieces | names if len(p) > 1), special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                  eos="<|im_end|>", pad="<|endoftext|>", instruction="", chat_template=TEMPLATE.replace("assistant\n", "assistant\n<think>") if thinks else TEMPLATE))
+
+
+def sized(rng: random.Random, progress: float) -> World:
+    """A world for training, all sizes up to the hard level; small ones first, because all sizes from the start learn several times slower."""
+    people = rng.choice((3, 4, 5) if progress < 0.1 else (4, 5, 6, 7, 9, 9, 9) if progress < 0.7 else (5, 7, 9, 9, 11, 11))
+    return make_world(rng, people, (1, 6) if people < 9 else (4, 6) if people == 9 else (5, 8))
+
+
+def student_text(rng: random.Random, progress: float) -> tuple[str, str]:
+    """(question, completion) of pretraining: drills in the two skills in most of the first half, small worlds in the first 70 %, then everything."""
+    early = progress < 0.7
+    world = sized(rng, progress)
+    asked = question(world, rng)
+    if rng.random() < (0.6 if progress < 0.5 else 0.02):
+        return asked, " " + " ".join(say(rng, world, drill(rng, world, 12), "student"))
+    hops, answer = novice(rng, world, rng.choice((0.1, 0.4, 0.6, 0.8, 0.9, 0.9)), 9 if early else rng.choice((9, 12, 16)))
+    return asked, join_completion(" ".join(say(rng, world, hops, "student")), str(answer))
+
+
+def make_student(steps: int, seed: int, log) -> None:
+    """Pretrains the base student on the novice's texts into toy/student."""
+    torch.manual_seed(seed)
+    rng, tok = random.Random(seed), tokenizer(thinks=True)
+    model = Qwen3ForCausalLM(tiny_config(tok))
+    log(f"student: {sum(p.numel() for p in model.parameters())} parameters, vocabulary {len(tok)}, {steps} steps of 64 texts")
+    pairs = lambda progress: [text_pair(tok, *student_text(rng, progress)) for _ in range(64)]
+    batches = (pairs(step / steps) for step in range(steps))
+    held_out, started = make_problems(9999, 128, 11, (7, 8)), time.time()
+    for step, loss in enumerate(train_pairs(model, batches, steps, 4e-3, schedule, 4096, (0.9, 0.98), 0.01)):
+        if step % 500 == 499:
+            log(f"student step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  greedy {probe(model, tok, held_out, 0.0)}  sampled {probe(model, tok, held_out, 1.0)}")
+            save(model, tok, "student")
+
+
+def text_pair(tok: TiktokenTokenizer, asked: str, text: str) -> tuple[list[int], list[int]]:
+    return chat_ids(tok, asked), tok.encode(text) + [tok.eos_token_id]
+
+
+def schedule(progress: float) -> float:
+    """Warm-up over 1 %, the peak for a third, then down to 5 %."""
+    return min(1.0, (progress + 1e-4) / 0.01) * max(0.05, min(1.0, 1.5 * (1 - progress)))
+
+
+def tiny_config(tok: TiktokenTokenizer) -> Qwen3Config:
+    """3 layers, 64 wide, 4 heads: small with a large batch and rate learns look-ups in minutes where a wider one does not."""
+    return Qwen3Config(vocab_size=len(tok), hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=128,
+                       max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.06, bos_token_id=None, eos_token_id=tok.eos_token_id,
+                       pad_token_id=tok.pad_token_id)
+
+
+def probe(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, problems: list[Problem], temperature: float) -> str:
+    """Accuracy, and mean credit of following the teacher by the true structure, on held-out problems."""
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 150, temperature)
+    texts = [split_completion(tok.decode(rollout.completion(n), skip_special_tokens=True)) for n in range(len(problems))]
+    same = lambda pairs: [float(t == s) for _, t, s in pairs]
+    scores = structure_rewards([read(trace) for trace, _ in texts], [[read(t) for t in p.teachers] for p in problems], same)
+    right = sum(final == f"\\boxed{{{p.answer}}}" for (_, final), p in zip(texts, problems))
+    return f"accuracy {right / len(problems):.2f} structure {sum(s.value for s in scores) / len(problems):.2f}"
+
+
+def save(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, name: str) -> None:
+    model.save_pretrained(FOLDER / name)
+    tok.save_pretrained(FOLDER / name)
+
+
+def spoil(rng: random.Random, sentences: list[str]) -> str:
+    """A trace as students really write them: now and then a sentence repeated, a sentence garbled, the end cut off."""
+    out = []
+    for sentence in sentences:
+        words = sentence.split()
+        if rng.random() < 0.05:
+            i = rng.randrange(len(words))
+            words = rng.choice((words[:i] + words[i + 1:], words[:i] + [rng.choice(NAMES)] + words[i:], words[:i] + words[i + 1:i + 2] + words[i:i + 1] + words[i + 2:]))
+        out += [" ".join(words)] * (2 if rng.random() < 0.03 else 1)
+    words = " ".join(out).split()
+    return " ".join(words[:rng.randrange(1, len(words) + 1)] if rng.random() < 0.15 else words)
+
+
+def gsrm_text(rng: random.Random, progress: float) -> tuple[str, str]:
+    """(prompt, target) of GSRM's training: three in four traces to read, in either voice, right or wrong or spoilt; one in four pairs to judge."""
+    world = sized(rng, progress)
+    if rng.random() < 0.25:
+        kind, x = rng.choice(KINDS), rng.choice(NAMES)
+        hop = rng.choice(("look", "add"))
+        form = {"meta": lambda n: META[hop].format(p=n, x=n), "query": lambda n: QUERY[hop].format(x=n), "answer": lambda n: f"{x} plus {n}"}[kind]
+        a, b = form(y := rng.choice(NAMES)), form(rng.choice(NAMES) if rng.random() < 0.7 else y)
+        if kind == "answer" and rng.random() < 0.5:
+            b = " plus ".join(reversed(b.split(" plus ")))
+        if kind == "answer" and rng.random() < 0.2:
+            a, b = str(rng.randrange(MOD)), rng.choice((b, str(rng.randrange(MOD))))
+        if rng.random() < 0.35:
+            b = a
+        elif rng.random() < 0.2:
+            b = rng.choice((META["look"].format(p=x), META["add"].format(x=x), QUERY["look"].format(x=x), QUERY["add"].format(x=x)))
+        return judge_prompt(kind, a, b), "yes" if sorted(a.split()) == sorted(b.split()) else "no"
+    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 16)))
+    trace = spoil(rng, say(rng, world, hops, "teacher" if rng.random() < 0.3 else "student", rng.choice((0.0, 0.1))))
+    return decompose_prompt(question(world, rng), trace), format_steps(read(trace))
+
+
+def make_gsrm(steps: int, seed: int, log) -> None:
+    """Fine-tunes the base student into toy/gsrm: it learns to write structures and to judge pairs."""
+    torch.manual_seed(seed)
+    rng, tok = random.Random(seed), tokenizer(thinks=False)
+    model, _ = load_model(FOLDER / "student")
+    log(f"gsrm: from toy/student, {steps} steps of 48 texts")
+    batches = ([text_pair(tok, *gsrm_text(rng, step / steps)) for _ in range(48)] for step in range(steps))
+    test, started = random.Random(9999), time.time()
+    held_out = [gsrm_text(test, 1.0) for _ in range(256)]
+    for step, loss in enumerate(train_pairs(model, batches, steps, 4e-3, schedule, 4096, (0.9, 0.98), 0.01)):
+        if step % 200 == 199:
+            reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 256)
+            written = reader.generate([prompt for prompt, _ in held_out])
+            right = {task: [w == t for w, (p, t) in zip(written, held_out) if (t in ("yes", "no")) == (task == "judged")] for task in ("read", "judged")}
+            log(f"gsrm step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  " + "  ".join(f"{task} exactly right {sum(r) / len(r):.3f}" for task, r in right.items()))
+            save(model, tok, "gsrm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command")
+    make = commands.add_parser("make", help="problems, student and GSRM into toy/ (the default)")
+    make.add_argument("--only", choices=("problems", "student", "gsrm"), help="make only this part")
+    make.add_argument("--seed", type=int, default=1)
+    more = commands.add_parser("problems", help="problems of another level, as JSONL")
+    for name, default in (("people", 11), ("count", 256), ("seed", 1)):
+        more.add_argument(f"--{name}", type=int, default=default)
+    more.add_argument("--needed", type=int, nargs=2, default=(7, 8), metavar=("FROM", "TO"), help="how many people the answer takes")
+    more.add_argument("--wording", choices=tuple(FACTS), default="plain")
+    more.add_argument("--out", required=True)
+    args = parser.parse_args()
+    if args.command == "problems":
+        if not (3 <= args.people <= len(NAMES) and 1 <= args.needed[0] <= args.needed[1] <= args.people):
+            parser.error(f"--people {args.people} --needed {args.needed[0]} {args.needed[1]}: 3 to {len(NAMES)} people, and no more needed than there are")
+        write_jsonl(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
+        return
+    only, seed = (args.only, args.seed) if args.command else (None, 1)
+    FOLDER.mkdir(exist_ok=True)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        with (FOLDER / "make.log").open("a") as file:
+            file.write(line + "\n")
+
+    if only in (None, "problems"):
+        (FOLDER / "make.log").unlink(missing_ok=True)
+        for split, split_seed in (("train", seed), ("test", seed + 1)):
+            write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(split_seed, 256, 11, (7, 8))])
+    if only in (None, "student"):
+        make_student(6000, seed, log)
+    if only in (None, "gsrm"):
+        make_gsrm(1000, seed, log)
+
+
+if __name__ == "__main__":
+    main()
