@@ -133,7 +133,7 @@ class TiktokenTokenizer:
 
     def save_pretrained(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "tiktoken.json").write_text(json.dumps(self.spec, indent=1, ensure_ascii=False))
+        (Path(path) / "tiktoken.json").write_text(json.dumps(self.spec, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -170,13 +170,13 @@ PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content
 
 def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
-    The template writes its own BOS, so none is added here."""
+    A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
-        text = ImmutableSandboxedEnvironment().from_string(PLAIN_TEMPLATE).render(messages=messages)
-    return tokenizer.encode(text, add_special_tokens=False)
+        text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages)
+    return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 
 def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None = None) -> list[int]:

@@ -1,218 +1,159 @@
-r"""How good is a student? Graded final answers, and statistics that know how few problems a benchmark has.
+r"""How good is a student? Samples, grades and scores its completions, and says how sure the figures are.
 
-Grading is three-valued: right, wrong, or None = could not be graded (gold unparsable, deadline passed, worker died). None never becomes 0.
-An answer is text from a model, so sympy meets it only in killable worker processes; what equal strings or exact fractions decide never gets there.
+    mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      structure: mean structure reward on problems with teacher traces
+    interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N), p_i the figure of problem i: N problems are the clusters, not N*k samples
 
-    pass@k   = 1 - C(n-c, k) / C(n, k)                        n samples of one problem, c of them right (Chen et al. 2021, arXiv 2107.03374, eq. 1)
-    interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N) p_i = mean@k of problem i: the N problems are the clusters, not the N*k samples
+    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --gsrm toy/gsrm --truth toy:read
+    python eval.py plot out/toy out/grpo                         # learning curves of several runs -> curve.png
+
+Every generation is stored. Grading is in grade.py (three-valued: right, wrong, None = could not be graded; None never becomes 0).
 """
-import atexit
-import contextlib
-import json
-import math
-import os
-import re
-import select
-import subprocess
+import hashlib
+import importlib
+import importlib.util
 import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
-import numpy as np
+import torch
+from transformers import HfArgumentParser, PreTrainedModel
 
-# ------------------------------------------------------------------------------------------------ reading an answer
+from data import Problem, Tokenizer, chat_ids, load_model, load_problems, problem_ids, split_completion, stop_and_pad_ids, write_jsonl
+from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
+from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
+from report import correlation, plot, print_table, summary
+from rollout import Sampler, TextModel
 
-MAX_ANSWER = 2000                      # characters: a longer final answer is wrong, a longer gold cannot be graded
-BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
-NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
+# ------------------------------------------------------------------------------------------------ reward model and truth, from flags
 
-
-def final_answer(text: str) -> str | None:
-    """A completion's answer: the last closed `\\boxed{}` (or `\\fbox{}`) behind the last `</think>`, else the last `<answer>` tag there, else None.
-    Thinking that was opened and never closed has given none; without any think tag the whole text counts. Linear in any text."""
-    _, closed, final = text.rpartition("</think>")
-    if not closed and "<think>" in text:
-        return None
-    open_at, best = [], (0, 0)                                           # content start of each open brace (0 if no box), of the last closed box
-    for token in BRACES.finditer(final):
-        if token[0].endswith("{") and token[0] != "\\{":
-            open_at.append(token.end() if token[0] != "{" else 0)
-        elif token[0] == "}" and open_at:
-            best = max(best, (open_at.pop(), token.start()))
-    if best[0]:
-        return final[slice(*best)].strip()
-    before, closed, _ = final.rpartition("</answer>")
-    _, opened, answer = before.rpartition("<answer>")
-    return answer.strip() if closed and opened else None
+def load_function(name: str) -> Callable[[str], list[Step]]:
+    """The function behind "module:function", a file of the working folder: a rule that reads a trace into steps."""
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
+    if not callable(found):
+        raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
+    return found
 
 
-def normalise(answer: str) -> str:
-    """The answer without $, \\text{} and its like, \\left \\right, blanks (kept between digits: `1 1/2`), thousands separators and final period."""
-    text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]", "", answer)
-    for _ in range(2):                                                   # \textbf{(\text{C})}
-        text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
-    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).rstrip(".")
-    return text.replace(",", "") if re.fullmatch(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text) else text
+def text_model(path: str, device: str, max_new_tokens: int) -> TextModel:
+    """A checkpoint as a function on texts."""
+    model, tokenizer = load_model(path, device)
+    return TextModel(Sampler(model, *stop_and_pad_ids(model, tokenizer)), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
+                     partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
 
 
-def quick_word(gold: str, answer: str) -> str:
-    """"True" or "False" where equal strings, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
-    if len(gold) > MAX_ANSWER or not normalise(gold):
-        return "gold_unparsable"
-    gold, answer = normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
-    if gold == answer or not answer:
-        return str(gold == answer)
-    if option := re.fullmatch(r"\(?([A-J])\)?", gold):
-        return str(option[1] == re.sub(r"^\(?([A-Ja-j])\)?[.:]?$", r"\1", answer).upper())
-    plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]
-    return str(Fraction(plain[0]) == Fraction(plain[1])) if all(map(NUMBER.fullmatch, plain)) else ""     # exact: 0.333 is not 1/3
-
-# ------------------------------------------------------------------------------------------------ math-verify at arm's length
-
-START_SECONDS = 60.0
-WORKER = r'''
-import sys; sys.path[:] = filter(None, sys.path)      # not the folder we stand in
-import contextlib, itertools, json, logging, os, resource, signal
-for limit, value in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_CORE, 0)):
-    with contextlib.suppress(ValueError, OSError):    # a stricter limit holds already, or the platform has none
-        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
-signal.signal(signal.SIGALRM, signal.SIG_DFL)
-out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)        # a library's print must not look like a verdict
-def say(word): print(word, file=out, flush=True)
-try: from math_verify import LatexExtractionConfig, parse, verify
-except ImportError as error: sys.exit(say(f"missing: {error}"))
-logging.disable()
-# LaTeX only: math-verify's other reader fishes numbers out of broken LaTeX, and ends in sympy's parse_expr, which is an eval
-READ = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-def read(text): return parse("\\boxed{" + text + "}", READ, parsing_timeout=None)
-def judge(gold, answer):
-    gold = read(gold)                                 # [sympy object, its text]; only the text where it is not mathematics
-    if all(isinstance(reading, str) for reading in gold): return "gold_unparsable"
-    return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
-say("ready")
-for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: the parser's caches only grow
-    gold, answer, seconds = json.loads(line)
-    signal.alarm(int(seconds) + 2)                    # its own end, should the parent be gone
-    try: say(judge(gold, answer))
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError): sys.exit(say("worker_error"))
-    signal.alarm(0)
-'''
-grade_stats: Counter[str] = Counter()  # why answers were left ungraded: gold_unparsable (or too long), deadline, worker_died, worker_error
-_idle: list[subprocess.Popen] = []     # workers that wait for a pair: started when needed, kept between calls
-atexit.register(lambda: [worker.kill() for worker in _idle])
+def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True) -> GSRM:
+    """GSRM from a checkpoint folder (`judge`: another one for the judging), or from a rule module:function with equal words as its judge."""
+    if ":" in gsrm and not Path(gsrm).exists():
+        return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
+    reader = text_model(gsrm, device, max_new_tokens)
+    weights = hashlib.sha256()                                                # a retrained model at the same path must not meet the old one's cache
+    for file in sorted(Path(gsrm).glob("*.safetensors")):
+        weights.update(file.read_bytes()[:1 << 24])
+    return GSRM(reader.generate, judge_by(text_model(judge, device, 1).p_yes if judge else reader.p_yes), cache_path, f"{gsrm} {weights.hexdigest()}", normalize)
 
 
-def hear(worker: subprocess.Popen, seconds: float) -> str:
-    """The worker's next line; "" if it is dead, "deadline" if none came in time. It is ended and reaped on these, and after an error."""
-    poller = select.poll()                                               # select() knows 1024 files, a trainer may have more
-    poller.register(worker.stdout, select.POLLIN)
-    word = os.read(worker.stdout.fileno(), 4096).decode().strip() if poller.poll(1000 * seconds) else "deadline"
-    if word in ("", "deadline", "worker_error"):
-        worker.kill()
-        worker.communicate()
-    return word
+def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:
+    """Structure reward of each completion by the true structures, None where there is no truth to read."""
+    if truth is None:
+        return [None] * len(texts)
+    read = {t: truth(t) for p in {p.id: p for p in problems}.values() for t in p.teachers}
+    return [s.value for s in structure_rewards([truth(split_completion(t)[0]) for t in texts], [[read[t] for t in p.teachers] for p in problems], exact_judge)]
+
+# ------------------------------------------------------------------------------------------------ sampling and scoring
+
+def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0,
+             instruction: str | None = None, gsrm: GSRM | None = None, truth: Callable | None = None) -> list[dict]:
+    """k sampled completions of each problem (one greedy one at temperature 0), graded and, where problems have teacher traces, structure-scored: a row each."""
+    k = k if temperature else 1
+    rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate([problem_ids(tokenizer, p, instruction) for p in problems], k, max_new_tokens, temperature, top_p, seed)
+    rows_of = [p for p in problems for _ in range(k)]
+    texts = [tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows_of))]
+    right, true = grade_all([t if "</think>" in t else "<think>" + t for t in texts], [p.answer for p in rows_of]), true_structure(truth, rows_of, texts)
+    taught = [n for n, p in enumerate(rows_of) if p.teachers] if gsrm else []
+    scores = dict(zip(taught, gsrm([rows_of[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(rows_of[n].teachers) for n in taught]))) if taught else {}
+    return [{"id": p.id, "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "length": int(rollout.lengths[n]),
+             "stop": "stop" if rollout.finished[n] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
+             "left_at": scores[n].left_at if n in scores else None, "text": texts[n], "problem": p.problem,
+             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None} for n, p in enumerate(rows_of)]
 
 
-def start() -> subprocess.Popen:
-    """A worker that has imported math-verify; RuntimeError says why there is none."""
-    pipe = subprocess.PIPE
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    if (word := hear(worker, START_SECONDS)) != "ready":
-        raise RuntimeError(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
-    return worker
+def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> None:
+    """train.py's evaluation: one greedy and eval_k sampled completions of each problem, kept in `path`."""
+    rows = [row for t in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, t, 1.0, config.max_new_tokens, 0, config.instruction, gsrm, truth)]
+    write_jsonl(path, rows)
+
+# ------------------------------------------------------------------------------------------------ commands
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python eval.py`; sampling as DeepSeek-R1 and the paper do it."""
+    model: str = field(metadata={"help": "checkpoint folder or hub name"})
+    data: str = field(metadata={"help": "problems: JSONL, or a folder with test.jsonl"})
+    k: int = field(default=1, metadata={"help": "samples per problem"})
+    temperature: float = field(default=0.6, metadata={"help": "0: one greedy completion per problem"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus"})
+    max_new_tokens: int = field(default=32768, metadata={"help": "completion budget; lowered to what the model's positions allow"})
+    limit: int = field(default=0, metadata={"help": "only the first so many problems (0: all)"})
+    gsrm: str = field(default="", metadata={"help": "reward model for the structure report: checkpoint folder or module:function"})
+    judge: str = field(default="", metadata={"help": "its judge, if another checkpoint"})
+    truth: str = field(default="", metadata={"help": "module:function that reads true steps"})
+    gsrm_max_new_tokens: int = field(default=2048, metadata={"help": "budget of a written structure"})
+    seed: int = field(default=0, metadata={"help": "of the samples"})
+    out: str = field(default="", metadata={"help": "where the generations go (default: out/eval/<model>.jsonl)"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
 
 
-def ask(pair: tuple[str, str], seconds: float) -> str:
-    """math-verify's word on one (gold, answer): True, False, gold_unparsable, worker_error, worker_died or deadline."""
-    bare = [re.sub(r"(?<!\\right)\.\s*$", "", text) for text in pair]    # math-verify trips over a final period
-    request = json.dumps([*bare, seconds]).encode() + b"\n"              # ASCII, so lone surrogates travel too
-    for take in (_idle.pop, start, start):                               # a worker killed from outside is no verdict; but not for ever
-        try:
-            worker = take()
-        except IndexError:                                               # nobody is idle
-            continue
-        with contextlib.suppress(BrokenPipeError):                       # it died idle: hear() says so
-            worker.stdin.write(request)
-        if word := hear(worker, seconds):
-            _idle.extend([worker] if worker.returncode is None else [])
-            plain_words = word == "gold_unparsable" and normalise(pair[0]).isalnum()     # in any script: that the strings differ decides
-            return "False" if plain_words else word
-    return "worker_died"
+def sample_rows(config: Config) -> tuple[list[dict], GSRM | None, Callable | None]:
+    """Rows of `evaluate` under the command's flags, with the reward model and the truth that scored them."""
+    problems = load_problems(config.data, "test")[:config.limit or None]
+    model, tokenizer = load_model(config.model, config.device)
+    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(len(problem_ids(tokenizer, p)) for p in problems)
+    gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens) if config.gsrm else None
+    truth = load_function(config.truth) if config.truth else None
+    budget = min(config.max_new_tokens, room)
+    print(f"{len(problems)} problems x {config.k if config.temperature else 1} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens", flush=True)
+    return evaluate(model, tokenizer, problems, config.k, config.temperature, config.top_p, budget, config.seed, None, gsrm, truth), gsrm, truth
 
 
-def grade_all(texts: list[str], answers: list[str], seconds: float = 5.0) -> list[bool | None]:
-    """Is each completion's final answer right? True, False (no answer is wrong), or None where it could not be graded, counted in `grade_stats`.
-    One comparison may take `seconds`. ValueError on unequal lengths, RuntimeError without math-verify. POSIX; call it from one thread of one process."""
-    pairs = [(gold, final_answer(text) or "") for text, gold in zip(texts, answers, strict=True)]
-    words = {pair: quick_word(*pair) for pair in pairs}                  # equal answers of a group are compared once
-    hard = [pair for pair, word in words.items() if not word]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:        # one thread per worker process, asleep in poll()
-        words.update(zip(hard, pool.map(lambda pair: ask(pair, seconds), hard)))
-    verdicts = [{"True": True, "False": False}.get(words[pair]) for pair in pairs]
-    grade_stats.update(words[pair] for pair, verdict in zip(pairs, verdicts) if verdict is None)
-    return verdicts
+def main(config: Config) -> None:
+    rows, _, truth = sample_rows(config)
+    out = Path(config.out or f"out/eval/{Path(config.model).resolve().name}.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out, rows)
+    print_table({Path(config.model).name: summary(rows)})
+    if config.gsrm and truth:
+        print(f"r(structure, true_structure) = {correlation(rows):.3f}")
+    print(f"generations in {out}")
 
 
-def grade(text: str, answer: str, seconds: float = 5.0) -> bool | None:
-    """`grade_all` of one completion and its gold answer."""
-    return grade_all([text], [answer], seconds)[0]
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """P(at least one of k samples is right), unbiased, from n samples with c right; ValueError unless 0 <= c <= n and 1 <= k <= n."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority_at_k(answers: list[str | None], correct: list[bool | None], k: int, draws: int = 1000) -> float:
-    """maj@k of one problem: how often the most frequent answer among k of its n samples is right, over all subsets or, if these are more, `draws` seeded ones
-    (verl draws with replacement). Votes go by normalised string, None does not vote, a tie is shared; NaN where no winner was graded."""
-    if len(correct) != len(answers) or not 1 <= k <= len(answers):
-        raise ValueError(f"maj@k needs a verdict per answer and 1 <= k <= n, got {len(answers)} answers, {len(correct)} verdicts, k={k}")
-    names = [None if a is None else normalise(a) for a in answers]
-    classes = sorted(set(names) - {None}) or [""]
-    graded = {name: float(right) for name, right in zip(names, correct) if right is not None}
-    score = np.array([graded.get(c, np.nan) for c in classes])           # (C,)
-    vote = np.array([[name == c for c in classes] for name in names])    # (n, C)
-    if math.comb(len(names), k) <= draws:
-        subsets = np.array(list(combinations(range(len(names)), k)))     # (S, k)
-    else:
-        subsets = np.random.default_rng(0).random((draws, len(names))).argsort(1)[:, :k]
-    counts = vote[subsets].sum(1)                                        # (S, C)
-    wins = (counts == counts.max(1, keepdims=True)) & (counts > 0)
-    share = np.where(wins, score, 0.0).sum(1) / np.maximum(wins.sum(1), 1)
-    return float(np.nanmean(share)) if not np.isnan(share).all() else math.nan
+def gsrm_main() -> None:
+    """`python gsrm.py eval`: agreement of the reward model's reading with the true structures, on the teacher's traces and on a student's own samples."""
+    if sys.argv[1:2] != ["eval"]:
+        sys.exit("usage: python gsrm.py eval --model STUDENT --gsrm PATH --data DATA --truth module:function [--k 4 --limit 64]")
+    try:
+        config = HfArgumentParser(Config).parse_args_into_dataclasses(sys.argv[2:])[0]
+        if not config.gsrm or not config.truth:
+            raise ValueError("--gsrm and --truth are needed: the report compares what the one reads with what the other knows")
+        rows, gsrm, truth = sample_rows(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    problems = load_problems(config.data, "test")[:config.limit or None]
+    texts = {"teacher's traces": [(p.problem, t) for p in problems for t in p.teachers], "student's samples": [(r["problem"], split_completion(r["text"])[0]) for r in rows]}
+    for voice, pairs in texts.items():
+        card = report_card(gsrm.decompose([p for p, _ in pairs], [t for _, t in pairs]), [truth(t) for _, t in pairs])
+        print(f"{voice:<18} {len(pairs):5d}  " + "  ".join(f"{name} {value:.3f}" for name, value in card.items()))
+    print(f"reward: r(structure, true_structure) = {correlation(rows):.3f} on the student's samples")
 
 
-T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)     # 97.5 % quantile of Student's t, 1..10 degrees of freedom
-
-
-def mean_interval(per_problem: np.ndarray) -> tuple[float, float, float, float]:
-    """(mean, standard error, low, high): 95 % t interval over problems. NaN (no graded sample) is left out; infinite below two problems.
-    Zero spread has zero width, which is no certainty when N is small."""
-    kept = np.asarray(per_problem, dtype=float)
-    kept = kept[~np.isnan(kept)]
-    if len(kept) < 2:
-        return (float(kept[0]) if len(kept) else math.nan), math.inf, -math.inf, math.inf
-    mean, error, df, z = float(kept.mean()), float(kept.std(ddof=1)) / math.sqrt(len(kept)), len(kept) - 1, 1.959964
-    t = T975[df - 1] if df <= len(T975) else z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)    # Fisher's expansion
-    return mean, error, mean - t * error, mean + t * error
-
-
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 10000, seed: int = 0) -> dict[str, float]:
-    """diff = mean(a - b) over the same problems in the same order; its 95 % percentile interval (low, high) and two-sided p, from resampled problems.
-    Problems with NaN on either side are left out; ValueError on unequal shapes, or when fewer than two are left."""
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 1 or (~np.isnan(a - b)).sum() < 2:
-        raise ValueError(f"a paired comparison needs two or more problems, the same on both sides; got shapes {a.shape} and {b.shape}")
-    gain = (a - b)[~np.isnan(a - b)]
-    rng = np.random.default_rng(seed)
-    means = np.array([gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    tail = min((means <= 0).sum(), (means >= 0).sum())                   # so p < 0.05 where the interval leaves 0 out
-    return {"diff": float(gain.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (tail + 1) / (samples + 1)))}
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:2] == ["plot"]:
+            plot(sys.argv[2:], Path("curve.png"))
+            print("wrote curve.png")
+        else:
+            main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

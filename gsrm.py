@@ -71,7 +71,7 @@ def parse_steps(text: str) -> Parsed:
     found: dict[int, dict[str, str]] = {}
     dropped, tags = [], list(TAG.finditer(text))
     for tag, after in zip(tags, [*tags[1:], None]):
-        number, kind, body = int(tag["number"]), tag.lastgroup if tag.lastgroup in KINDS else next(k for k in KINDS if tag[k]), text[tag.end():after.start() if after else None]
+        number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else None]
         if kind in found.setdefault(number, {}):
             dropped.append(f"second {TAGS[kind]} {number}")
         else:

@@ -96,8 +96,9 @@ class Sampler:
         self.model, self.pad_id, self.max_rows = model, pad_id, max_rows
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
-        if other := set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
-            raise ValueError(f"the model has layers of type {', '.join(sorted(other))}: this sampler knows full attention only (for Qwen2, use_sliding_window=False)")
+        if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
+            raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
+                             "Mistral: sliding_window=None)")
 
     def generate(self, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
                  index: list[int] | None = None) -> Rollout:
@@ -117,10 +118,10 @@ class Sampler:
         was_training, per_wave = self.model.training, max(group_size, self.max_rows // group_size * group_size)
         self.model.eval()
         try:
-            waves = [self._wave(rows[s:s + per_wave], group_size, max_new_tokens, temperature, top_p) for s in range(0, len(rows), per_wave)]
+            waves = [self._wave(rows[s:s + per_wave], group_size, max_new_tokens, temperature, top_p) for s in range(0, len(rows) or 1, per_wave)]
         finally:
             self.model.train(was_training)
-        width = max((w[0].shape[1] for w in waves), default=0)
+        width = max(w[0].shape[1] for w in waves)
         tokens, logp, entropy = (torch.cat([torch.nn.functional.pad(w[k], (0, width - w[k].shape[1]), value=fill) for w in waves])
                                  for k, fill in ((0, self.pad_id), (1, 0.0), (2, 0.0)))
         lengths, finished = (torch.cat([w[k] for w in waves]) for k in (3, 4))
@@ -161,7 +162,7 @@ class Sampler:
         return tokens[:, :T], logps[:, :T], entropies[:, :T], lengths, finished
 
     def _prefill(self, prompts: list[list[int]], group: int, max_new: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """KV cache and next-token logits of left-padded prompts, each repeated `group` times; the attention mask of all decoding (N, 1, 1, L + max_new)
+        """KV cache and next-token logits of left-padded prompts, each repeated `group` times; the attention mask of all decoding (N, [1, 1,] L + max_new)
         and the position of the first new token (N,)."""
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -171,7 +172,9 @@ class Sampler:
         out = self.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True,
                          logits_to_keep=1)
         cache.batch_repeat_interleave(group)
-        mask = torch.cat((real.bool(), real.new_ones(len(prompts), max_new, dtype=torch.bool)), 1)[:, None, None]
+        mask = torch.cat((real.bool(), real.new_ones(len(prompts), max_new, dtype=torch.bool)), 1)
+        if self.model.config._attn_implementation == "sdpa":             # a ready mask saves making one at every token; eager attention would add its booleans up
+            mask = mask[:, None, None]
         return cache, out.logits[:, -1].repeat_interleave(group, 0), mask.repeat_interleave(group, 0), real.sum(-1).repeat_interleave(group, 0)
 
 
@@ -212,7 +215,8 @@ class TextModel:
         """The greedy completion of each prompt, its stop token left out."""
         ids = [self.encode(p) for p in prompts]
         order = sorted(range(len(ids)), key=lambda n: len(ids[n]))                                          # like lengths share a wave: little padding
-        rollout = self.sampler.generate([ids[n] for n in order], 1, self.max_new_tokens, 0.0)
+        room = self.sampler.max_positions - max(map(len, ids), default=0)
+        rollout = self.sampler.generate([ids[n] for n in order], 1, max(1, min(self.max_new_tokens, room)), 0.0)
         texts = {n: self.decode(rollout.completion(i)[: rollout.lengths[i] - rollout.finished[i].int()]) for i, n in enumerate(order)}
         return [texts[n] for n in range(len(prompts))]
 

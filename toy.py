@@ -46,8 +46,10 @@ class World:
 
 
 def make_world(rng: random.Random, people: int, needed: tuple[int, int]) -> World:
-    """A random world of `people` persons in which answering takes between needed[0] and needed[1] of them."""
-    while True:
+    """A random world of `people` persons in which answering takes between needed[0] and needed[1] of them; ValueError where there is none."""
+    if not 3 <= people <= len(NAMES):
+        raise ValueError(f"{people} people: a world has 3 to {len(NAMES)}")
+    for _ in range(10_000):
         names = rng.sample(NAMES, people)
         parts = {x: tuple(rng.sample(names[:i], 2)) if i >= 3 and rng.random() > 0.35 else () for i, x in enumerate(names)}
         values: dict[str, int] = {}
@@ -57,6 +59,7 @@ def make_world(rng: random.Random, people: int, needed: tuple[int, int]) -> Worl
         chain = [x for kind, _, x in plan(parts, target) if kind == "look"]
         if needed[0] <= len(chain) <= needed[1]:
             return World(parts, values, target, tuple(chain))
+    raise ValueError(f"no world of {people} people in which {needed[0]} to {needed[1]} are needed: ask for fewer, or for more people")
 
 
 Hop = tuple[str, str, str]                              # (kind, whom it serves, who): ("look", "Ann", "Gus") or ("add", "Gus", "Gus")
@@ -112,9 +115,9 @@ def drill(rng: random.Random, world: World, budget: int) -> list[Hop]:
 # ------------------------------------------------------------------------------------------------ words
 
 FACTS = {"plain": ("{x} has {d}.", "How many has {x}?"), "other": ("{x} has {d};", "{x} has how many?")}
-VOICES = {   # per voice and kind of hop, its paraphrases; {d} is what a look finds ("Eli plus Fay" or "4"), {va} {vb} {v} the numbers of a sum
+VOICES = {   # per voice and kind of hop, its paraphrases; {d} is what a look finds ("Eli plus Fay" or "4"), {fa} {va} {fb} {vb} {v} the parts and numbers of a sum
     "student": {"look": ("for {p}, {x} has {d}.", "{p} wants this: {x} has {d}.", "see {p}: {x} has {d}."),
-                "add": ("so {x}: {va} plus {vb}, {x} makes {v}.", "add for {x}: {va} and {vb}, {x} makes {v}.", "then {x} from {va} and {vb}: {x} makes {v}.")},
+                "add": ("so {x}: {fa}, {fb}, {x} makes {v}.", "for {x} add {fa} and {fb}, {x} makes {v}.", "then {x} from {fa} and {fb}: {x} makes {v}.")},
     "teacher": {"look": ("hmm, {p} depends on {x}, and {x} comes to {d}.", "knowing {x} helps {p}; it holds {d}.", "first {x}, because {p} rests on it: {d}."),
                 "add": ("now {x} must be {va} with {vb}, giving {v}.", "joining {va} with {vb}, {x} comes out as {v}.", "hence {x} equals {v}, from {va} with {vb}.")}}
 PAIR = {"student": "{a} plus {b}", "teacher": "{a} together with {b}"}
@@ -137,16 +140,18 @@ def say(rng: random.Random, world: World, hops: list[Hop], voice: str, slip: flo
         a, b = world.parts[x] or ("", "")
         v = rng.randrange(MOD) if rng.random() < slip else world.values[x]
         if rng.random() < slip and a:
-            a = rng.choice(NAMES)
+            a = rng.choice(list(world.values))
         d = PAIR[voice].format(a=a, b=b) if a else str(v)
-        sentences.append(rng.choice(VOICES[voice][kind]).format(p=p, x=x, d=d, va=world.values.get(a, 0), vb=world.values.get(b, 0), v=v))
+        part = lambda o: f"{o} {'makes' if world.parts[o] else 'has'} {world.values[o]}" if o else ""
+        sentences.append(rng.choice(VOICES[voice][kind]).format(p=p, x=x, d=d, fa=part(a), fb=part(b), va=world.values.get(a), vb=world.values.get(b), v=v))
     return sentences
 
 
 def grammar() -> list[tuple[re.Pattern[str], str]]:
     """(pattern, kind) of every sentence of the world, both voices."""
     found = r"(?:(?P<v>\d)|(?P<a>\w+) (?:plus|together with) (?P<b>\w+))"
-    groups = dict(p=r"(?P<p>\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
+    part = r"\w+ (?:has|makes) \d"
+    groups = dict(p=r"(?P<p>\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, fa=part, fb=part, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
     patterns = []
     for kinds in VOICES.values():
         for kind, templates in kinds.items():
@@ -200,7 +205,7 @@ PATTERN = r" ?[A-Z][a-z]+ (?:has|makes)(?= )|\n?\[(?:Meta-reasoning|Sub-problem|
 def tokenizer(thinks: bool) -> TiktokenTokenizer:
     """Every word of the world is one token, with and without a blank before it; anything else falls back to bytes. The student's template opens <think>."""
     texts = [t for voice in VOICES.values() for ts in voice.values() for t in ts] + [t for ts in FACTS.values() for t in ts] + [*PAIR.values(), *META.values(), *QUERY.values()]
-    texts += [decompose_prompt("", ""), *(judge_prompt(kind, "", "") for kind in KINDS), "We know yes no user assistant system"]
+    texts += [decompose_prompt("", ""), *(judge_prompt(kind, "", "") for kind in KINDS), "We know makes yes no user assistant system"]
     names = {f"{blank}{x} {verb}" for x in NAMES for verb in ("has", "makes") for blank in ("", " ")}       # one token: looking a person up is then plain induction
     words = {w for text in texts for w in re.findall("[A-Za-z]{2,}", re.sub(r"\{\w+\}", " ", text))} | set(NAMES) | set("0123456789")
     tags = [piece for piece in re.findall(PATTERN, format_steps([Step("a", "b", "c")] * 24)) if piece.strip().startswith("[")]
@@ -223,11 +228,11 @@ def student_text(rng: random.Random, progress: float) -> tuple[str, str]:
     asked = question(world, rng)
     if rng.random() < (0.6 if progress < 0.5 else 0.02):
         return asked, " " + " ".join(say(rng, world, drill(rng, world, 12), "student"))
-    hops, answer = novice(rng, world, rng.choice((0.1, 0.4, 0.6, 0.8, 0.9, 0.9)), 9 if early else rng.choice((9, 12, 16)))
+    hops, answer = novice(rng, world, rng.choice((0.1, 0.2, 0.5, 0.7, 0.9, 0.9)), 9 if early else rng.choice((9, 12, 15)))
     return asked, join_completion(" ".join(say(rng, world, hops, "student")), str(answer))
 
 
-def make_student(steps: int, seed: int, log) -> None:
+def make_student(steps: int, seed: int) -> None:
     """Pretrains the base student on the novice's texts into toy/student."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=True)
@@ -260,7 +265,7 @@ def tiny_config(tok: TiktokenTokenizer) -> Qwen3Config:
 
 def probe(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, problems: list[Problem], temperature: float) -> str:
     """Accuracy, and mean credit of following the teacher by the true structure, on held-out problems."""
-    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 150, temperature)
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 170, temperature)
     texts = [split_completion(tok.decode(rollout.completion(n), skip_special_tokens=True)) for n in range(len(problems))]
     same = lambda pairs: [float(t == s) for _, t, s in pairs]
     scores = structure_rewards([read(trace) for trace, _ in texts], [[read(t) for t in p.teachers] for p in problems], same)
@@ -286,37 +291,35 @@ def spoil(rng: random.Random, sentences: list[str]) -> str:
     return " ".join(words[:rng.randrange(1, len(words) + 1)] if rng.random() < 0.15 else words)
 
 
-def gsrm_text(rng: random.Random, progress: float) -> tuple[str, str]:
-    """(prompt, target) of GSRM's training: three in four traces to read, in either voice, right or wrong or spoilt; one in four pairs to judge."""
+def reading_text(rng: random.Random, progress: float) -> tuple[str, str]:
+    """(prompt, target) for the decomposer: a trace in either voice, right or wrong or spoilt, and its true structure."""
     world = sized(rng, progress)
-    if rng.random() < 0.25:
-        kind, x = rng.choice(KINDS), rng.choice(NAMES)
-        hop = rng.choice(("look", "add"))
-        form = {"meta": lambda n: META[hop].format(p=n, x=n), "query": lambda n: QUERY[hop].format(x=n), "answer": lambda n: f"{x} plus {n}"}[kind]
-        a, b = form(y := rng.choice(NAMES)), form(rng.choice(NAMES) if rng.random() < 0.7 else y)
-        if kind == "answer" and rng.random() < 0.5:
-            b = " plus ".join(reversed(b.split(" plus ")))
-        if kind == "answer" and rng.random() < 0.2:
-            a, b = str(rng.randrange(MOD)), rng.choice((b, str(rng.randrange(MOD))))
-        if rng.random() < 0.35:
-            b = a
-        elif rng.random() < 0.2:
-            b = rng.choice((META["look"].format(p=x), META["add"].format(x=x), QUERY["look"].format(x=x), QUERY["add"].format(x=x)))
-        return judge_prompt(kind, a, b), "yes" if sorted(a.split()) == sorted(b.split()) else "no"
-    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 16)))
+    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 15)))
     trace = spoil(rng, say(rng, world, hops, "teacher" if rng.random() < 0.3 else "student", rng.choice((0.0, 0.1))))
     return decompose_prompt(question(world, rng), trace), format_steps(read(trace))
 
 
-def make_gsrm(steps: int, seed: int, log) -> None:
+def judging_text(rng: random.Random) -> tuple[str, str]:
+    """(prompt, target) for the judge: two fields of one kind, which mean the same if they hold the same words ("Ann plus Bob", "Bob plus Ann")."""
+    def text(kind: str, x: str, y: str) -> str:
+        hop = rng.choice(("look", "add"))
+        return {"meta": META[hop].format(p=x, x=x), "query": QUERY[hop].format(x=x), "answer": f"{x} plus {y}" if rng.random() < 0.8 else str(rng.randrange(MOD))}[kind]
+
+    kind, (x, y, z) = rng.choice(KINDS), rng.sample(NAMES, 3)
+    a = text(kind, x, y)
+    b = " plus ".join(reversed(a.split(" plus "))) if rng.random() < 0.5 else text(kind, rng.choice((x, z)), rng.choice((x, y, z)))
+    return judge_prompt(kind, a, b), "yes" if sorted(a.split()) == sorted(b.split()) else "no"
+
+
+def make_gsrm(steps: int, seed: int) -> None:
     """Fine-tunes the base student into toy/gsrm: it learns to write structures and to judge pairs."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=False)
     model, _ = load_model(FOLDER / "student")
-    log(f"gsrm: from toy/student, {steps} steps of 48 texts")
-    batches = ([text_pair(tok, *gsrm_text(rng, step / steps)) for _ in range(48)] for step in range(steps))
-    test, started = random.Random(9999), time.time()
-    held_out = [gsrm_text(test, 1.0) for _ in range(256)]
+    log(f"gsrm: from toy/student, {steps} steps of 40 traces to read and 60 pairs to judge")
+    texts = lambda rng, progress, count: [reading_text(rng, progress) for _ in range(2 * count)] + [judging_text(rng) for _ in range(3 * count)]
+    batches = ([text_pair(tok, *text) for text in texts(rng, step / steps, 20)] for step in range(steps))
+    held_out, started = texts(random.Random(9999), 1.0, 80), time.time()
     for step, loss in enumerate(train_pairs(model, batches, steps, 4e-3, schedule, 4096, (0.9, 0.98), 0.01)):
         if step % 200 == 199:
             reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 256)
@@ -326,13 +329,16 @@ def make_gsrm(steps: int, seed: int, log) -> None:
             save(model, tok, "gsrm")
 
 
+def log(line: str) -> None:
+    """To the screen and to toy/make.log."""
+    print(line, flush=True)
+    with (FOLDER / "make.log").open("a") as file:
+        file.write(line + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command")
-    make = commands.add_parser("make", help="problems, student and GSRM into toy/ (the default)")
-    make.add_argument("--only", choices=("problems", "student", "gsrm"), help="make only this part")
-    make.add_argument("--seed", type=int, default=1)
-    more = commands.add_parser("problems", help="problems of another level, as JSONL")
+    parser = argparse.ArgumentParser(description="Without a command: problems, student and GSRM into toy/.")
+    more = parser.add_subparsers(dest="command").add_parser("problems", help="problems of another level, as JSONL")
     for name, default in (("people", 11), ("count", 256), ("seed", 1)):
         more.add_argument(f"--{name}", type=int, default=default)
     more.add_argument("--needed", type=int, nargs=2, default=(7, 8), metavar=("FROM", "TO"), help="how many people the answer takes")
@@ -340,26 +346,17 @@ def main() -> None:
     more.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.command == "problems":
-        if not (3 <= args.people <= len(NAMES) and 1 <= args.needed[0] <= args.needed[1] <= args.people):
-            parser.error(f"--people {args.people} --needed {args.needed[0]} {args.needed[1]}: 3 to {len(NAMES)} people, and no more needed than there are")
-        write_jsonl(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
+        try:
+            write_jsonl(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
         return
-    only, seed = (args.only, args.seed) if args.command else (None, 1)
     FOLDER.mkdir(exist_ok=True)
-
-    def log(line: str) -> None:
-        print(line, flush=True)
-        with (FOLDER / "make.log").open("a") as file:
-            file.write(line + "\n")
-
-    if only in (None, "problems"):
-        (FOLDER / "make.log").unlink(missing_ok=True)
-        for split, split_seed in (("train", seed), ("test", seed + 1)):
-            write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(split_seed, 256, 11, (7, 8))])
-    if only in (None, "student"):
-        make_student(6000, seed, log)
-    if only in (None, "gsrm"):
-        make_gsrm(1000, seed, log)
+    (FOLDER / "make.log").unlink(missing_ok=True)
+    for seed, split in ((1, "train"), (2, "test")):
+        write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(seed, 256, 11, (7, 8))])
+    make_student(4500, 1)
+    make_gsrm(1200, 1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import toy
 from data import load_model, load_problems, load_tokenizer, problem_ids, split_completion
 from eval import load_gsrm, true_structure
-from gsrm import Step, format_steps, report_card
+from gsrm import Step, format_steps, parse_steps, reading_rule, report_card
 from rollout import Sampler
 
 SHIPPED = Path(toy.FOLDER)
@@ -53,7 +53,7 @@ def test_what_is_said_is_read_back(voice):
 def test_reading_passes_over_what_is_no_sentence():
     assert toy.read("") == toy.read("for Ann, Gus has. Ann has Gus plus. plus plus.") == []
     assert toy.read("for Ann, Gus has Eli plus Fay. for Ann, Gus") == [Step("to know Ann", "what has Gus", "Eli plus Fay")]
-    assert toy.read("so Ann: 1 plus 2, Bob makes 3.") == []                            # the two mentions must agree
+    assert toy.read("so Ann: Cid has 1, Dee makes 2, Bob makes 3.") == []                            # the two mentions must agree
 
 
 def test_a_novice_that_never_wanders_walks_as_the_teacher():
@@ -91,11 +91,15 @@ def test_problems_are_a_function_of_the_seed():
 
 
 def test_training_texts_of_gsrm_are_in_the_step_format():
-    from gsrm import parse_steps
     rng = random.Random(0)
     for _ in range(200):
-        prompt, target = toy.gsrm_text(rng, 1.0)
-        assert target in ("yes", "no") or (format_steps(parse_steps(target).steps) == target and prompt.startswith("Write the steps"))
+        prompt, target = toy.reading_text(rng, 1.0)
+        assert format_steps(parse_steps(target).steps) == target and reading_rule(toy.read)([prompt]) == [target]
+    verdicts = [toy.judging_text(rng) for _ in range(1000)]
+    assert 0.4 < sum(target == "yes" for _, target in verdicts) / 1000 < 0.7
+    for prompt, target in verdicts:
+        first, second = (sorted(line[3:].split()) for line in prompt.splitlines()[1:])
+        assert (first == second) == (target == "yes")
 
 
 # ------------------------------------------------------------------------------------------------ what ships in toy/

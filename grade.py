@@ -1,0 +1,218 @@
+r"""Is the answer right, and how sure is the figure? Graded final answers, and statistics that know how few problems a benchmark has.
+
+Grading is three-valued: right, wrong, or None = could not be graded (gold unparsable, deadline passed, worker died). None never becomes 0.
+An answer is text from a model, so sympy meets it only in killable worker processes; what equal strings or exact fractions decide never gets there.
+
+    pass@k   = 1 - C(n-c, k) / C(n, k)                        n samples of one problem, c of them right (Chen et al. 2021, arXiv 2107.03374, eq. 1)
+    interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N) p_i = mean@k of problem i: the N problems are the clusters, not the N*k samples
+"""
+import atexit
+import contextlib
+import json
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------------ reading an answer
+
+MAX_ANSWER = 2000                      # characters: a longer final answer is wrong, a longer gold cannot be graded
+BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
+NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
+
+
+def final_answer(text: str) -> str | None:
+    """A completion's answer: the last closed `\\boxed{}` (or `\\fbox{}`) behind the last `</think>`, else the last `<answer>` tag there, else None.
+    Thinking that was opened and never closed has given none; without any think tag the whole text counts. Linear in any text."""
+    _, closed, final = text.rpartition("</think>")
+    if not closed and "<think>" in text:
+        return None
+    open_at, best = [], (0, 0)                                           # content start of each open brace (0 if no box), of the last closed box
+    for token in BRACES.finditer(final):
+        if token[0].endswith("{") and token[0] != "\\{":
+            open_at.append(token.end() if token[0] != "{" else 0)
+        elif token[0] == "}" and open_at:
+            best = max(best, (open_at.pop(), token.start()))
+    if best[0]:
+        return final[slice(*best)].strip()
+    before, closed, _ = final.rpartition("</answer>")
+    _, opened, answer = before.rpartition("<answer>")
+    return answer.strip() if closed and opened else None
+
+
+def normalise(answer: str) -> str:
+    """The answer without $, \\text{} and its like, \\left \\right, blanks (kept between digits: `1 1/2`), thousands separators and final period."""
+    text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]", "", answer)
+    for _ in range(2):                                                   # \textbf{(\text{C})}
+        text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).rstrip(".")
+    return text.replace(",", "") if re.fullmatch(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text) else text
+
+
+def quick_word(gold: str, answer: str) -> str:
+    """"True" or "False" where equal strings, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
+    if len(gold) > MAX_ANSWER or not normalise(gold):
+        return "gold_unparsable"
+    gold, answer = normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
+    if gold == answer or not answer:
+        return str(gold == answer)
+    if option := re.fullmatch(r"\(?([A-J])\)?", gold):
+        return str(option[1] == re.sub(r"^\(?([A-Ja-j])\)?[.:]?$", r"\1", answer).upper())
+    plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]
+    return str(Fraction(plain[0]) == Fraction(plain[1])) if all(map(NUMBER.fullmatch, plain)) else ""     # exact: 0.333 is not 1/3
+
+# ------------------------------------------------------------------------------------------------ math-verify at arm's length
+
+START_SECONDS = 60.0
+WORKER = r'''
+import sys; sys.path[:] = filter(None, sys.path)      # not the folder we stand in
+import contextlib, itertools, json, logging, os, resource, signal
+for limit, value in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_CORE, 0)):
+    with contextlib.suppress(ValueError, OSError):    # a stricter limit holds already, or the platform has none
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+out = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)        # a library's print must not look like a verdict
+def say(word): print(word, file=out, flush=True)
+try: from math_verify import LatexExtractionConfig, parse, verify
+except ImportError as error: sys.exit(say(f"missing: {error}"))
+logging.disable()
+# LaTeX only: math-verify's other reader fishes numbers out of broken LaTeX, and ends in sympy's parse_expr, which is an eval
+READ = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
+def read(text): return parse("\\boxed{" + text + "}", READ, parsing_timeout=None)
+def judge(gold, answer):
+    gold = read(gold)                                 # [sympy object, its text]; only the text where it is not mathematics
+    if all(isinstance(reading, str) for reading in gold): return "gold_unparsable"
+    return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
+say("ready")
+for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: the parser's caches only grow
+    gold, answer, seconds = json.loads(line)
+    signal.alarm(int(seconds) + 2)                    # its own end, should the parent be gone
+    try: say(judge(gold, answer))
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError): sys.exit(say("worker_error"))
+    signal.alarm(0)
+'''
+grade_stats: Counter[str] = Counter()  # why answers were left ungraded: gold_unparsable (or too long), deadline, worker_died, worker_error
+_idle: list[subprocess.Popen] = []     # workers that wait for a pair: started when needed, kept between calls
+atexit.register(lambda: [worker.kill() for worker in _idle])
+
+
+def hear(worker: subprocess.Popen, seconds: float) -> str:
+    """The worker's next line; "" if it is dead, "deadline" if none came in time. It is ended and reaped on these, and after an error."""
+    poller = select.poll()                                               # select() knows 1024 files, a trainer may have more
+    poller.register(worker.stdout, select.POLLIN)
+    word = os.read(worker.stdout.fileno(), 4096).decode().strip() if poller.poll(1000 * seconds) else "deadline"
+    if word in ("", "deadline", "worker_error"):
+        worker.kill()
+        worker.communicate()
+    return word
+
+
+def start() -> subprocess.Popen:
+    """A worker that has imported math-verify; RuntimeError says why there is none."""
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    if (word := hear(worker, START_SECONDS)) != "ready":
+        raise RuntimeError(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
+    return worker
+
+
+def ask(pair: tuple[str, str], seconds: float) -> str:
+    """math-verify's word on one (gold, answer): True, False, gold_unparsable, worker_error, worker_died or deadline."""
+    bare = [text.rstrip(" \n.") for text in pair]                        # math-verify trips over a final period
+    request = json.dumps([*bare, seconds]).encode() + b"\n"              # ASCII, so lone surrogates travel too
+    for take in (_idle.pop, start, start):                               # a worker killed from outside is no verdict; but not for ever
+        try:
+            worker = take()
+        except IndexError:                                               # nobody is idle
+            continue
+        with contextlib.suppress(BrokenPipeError):                       # it died idle: hear() says so
+            worker.stdin.write(request)
+        if word := hear(worker, seconds):
+            _idle.extend([worker] if worker.returncode is None else [])
+            plain_words = word == "gold_unparsable" and normalise(pair[0]).isalnum()     # in any script: that the strings differ decides
+            return "False" if plain_words else word
+    return "worker_died"
+
+
+def grade_all(texts: list[str], answers: list[str], seconds: float = 5.0) -> list[bool | None]:
+    """Is each completion's final answer right? True, False (no answer is wrong), or None where it could not be graded, counted in `grade_stats`.
+    One comparison may take `seconds`. ValueError on unequal lengths, RuntimeError without math-verify. POSIX; call it from one thread of one process."""
+    pairs = [(gold, final_answer(text) or "") for text, gold in zip(texts, answers, strict=True)]
+    words = {pair: quick_word(*pair) for pair in pairs}                  # equal answers of a group are compared once
+    hard = [pair for pair, word in words.items() if not word]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:        # one thread per worker process, asleep in poll()
+        words.update(zip(hard, pool.map(lambda pair: ask(pair, seconds), hard)))
+    verdicts = [{"True": True, "False": False}.get(words[pair]) for pair in pairs]
+    grade_stats.update(words[pair] for pair, verdict in zip(pairs, verdicts) if verdict is None)
+    return verdicts
+
+
+def grade(text: str, answer: str, seconds: float = 5.0) -> bool | None:
+    """`grade_all` of one completion and its gold answer."""
+    return grade_all([text], [answer], seconds)[0]
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """P(at least one of k samples is right), unbiased, from n samples with c right; ValueError unless 0 <= c <= n and 1 <= k <= n."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_at_k(answers: list[str | None], correct: list[bool | None], k: int, draws: int = 1000) -> float:
+    """maj@k of one problem: how often the most frequent answer among k of its n samples is right, over all subsets or, if these are more, `draws` seeded ones
+    (verl draws with replacement). Votes go by normalised string, None does not vote, a tie is shared; NaN where no winner was graded."""
+    if len(correct) != len(answers) or not 1 <= k <= len(answers):
+        raise ValueError(f"maj@k needs a verdict per answer and 1 <= k <= n, got {len(answers)} answers, {len(correct)} verdicts, k={k}")
+    names = [None if a is None else normalise(a) for a in answers]
+    classes = sorted(set(names) - {None}) or [""]
+    graded = {name: float(right) for name, right in zip(names, correct) if right is not None}
+    score = np.array([graded.get(c, np.nan) for c in classes])           # (C,)
+    vote = np.array([[name == c for c in classes] for name in names])    # (n, C)
+    if math.comb(len(names), k) <= draws:
+        subsets = np.array(list(combinations(range(len(names)), k)))     # (S, k)
+    else:
+        subsets = np.random.default_rng(0).random((draws, len(names))).argsort(1)[:, :k]
+    counts = vote[subsets].sum(1)                                        # (S, C)
+    wins = (counts == counts.max(1, keepdims=True)) & (counts > 0)
+    share = np.where(wins, score, 0.0).sum(1) / np.maximum(wins.sum(1), 1)
+    return float(np.nanmean(share)) if not np.isnan(share).all() else math.nan
+
+
+T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)     # 97.5 % quantile of Student's t, 1..10 degrees of freedom
+
+
+def mean_interval(per_problem: np.ndarray) -> tuple[float, float, float, float]:
+    """(mean, standard error, low, high): 95 % t interval over problems. NaN (no graded sample) is left out; infinite below two problems.
+    Zero spread has zero width, which is no certainty when N is small."""
+    kept = np.asarray(per_problem, dtype=float)
+    kept = kept[~np.isnan(kept)]
+    if len(kept) < 2:
+        return (float(kept[0]) if len(kept) else math.nan), math.inf, -math.inf, math.inf
+    mean, error, df, z = float(kept.mean()), float(kept.std(ddof=1)) / math.sqrt(len(kept)), len(kept) - 1, 1.959964
+    t = T975[df - 1] if df <= len(T975) else z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)    # Fisher's expansion
+    return mean, error, mean - t * error, mean + t * error
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 10000, seed: int = 0) -> dict[str, float]:
+    """diff = mean(a - b) over the same problems in the same order; its 95 % percentile interval (low, high) and two-sided p, from resampled problems.
+    Problems with NaN on either side are left out; ValueError on unequal shapes, or when fewer than two are left."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or (~np.isnan(a - b)).sum() < 2:
+        raise ValueError(f"a paired comparison needs two or more problems, the same on both sides; got shapes {a.shape} and {b.shape}")
+    gain = (a - b)[~np.isnan(a - b)]
+    rng = np.random.default_rng(seed)
+    means = np.array([gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min((means <= 0).sum(), (means >= 0).sum())                   # so p < 0.05 where the interval leaves 0 out
+    return {"diff": float(gain.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (tail + 1) / (samples + 1)))}
