@@ -18,7 +18,7 @@ maximum stay exact: a tile that would pass 2^64 times the anchor is summed again
 (log-prob < -44 nats), stores p for such a row instead. fp16 has no room for E, so there mode B is mode A.
 
 The kernels run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients
-(bf16): forward 12 V/256 bytes a row; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone:
+(bf16): forward 2 D or 12 V/256 bytes a row, the larger; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone:
 `pytest tests/test_logprob.py` checks all of it against float64, `python bench.py logprob` measures it beside others. Left out on purpose: masks
 (drop the rows), bias, softcap, entropy inside mode B, vocabulary sharding, double backward. Recomputation instead of logits is from cut cross-entropy
 (Wijmans et al. 2024), gradients made in the forward pass from Liger (Hsu et al. 2024).
@@ -271,15 +271,16 @@ class _Recomputed(torch.autograd.Function):
         x, saved, grads = hidden[live], [t[live] for t in saved], [g if g is None else g[live] for g in grads]
         (n, V), chunks = (len(x), len(weight)), max(1, -(-len(x) * len(weight) // WORKSPACE))
         step = -(-V // chunks // 256) * 256                                         # whole tiles, chunks of about one size
-        buffer, dX, dW = _workspace(n, min(step, V), x), torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(weight)
+        (need_x, need_w, *_), buffer = ctx.needs_input_grad, _workspace(n, min(step, V), x)
+        dX, dW = torch.zeros_like(x, dtype=torch.float32) if need_x else None, torch.zeros_like(weight) if need_w else None
         for v in range(0, V if n else 0, step):
             dz, part = buffer[:, :min(step, V - v)], slice(v, min(v + step, V))
             ctx.fill(dz, v, x, weight, grads, *saved)
-            if ctx.needs_input_grad[0]:
+            if need_x:
                 _matmul(dz, weight[part], into=dX)
-            if ctx.needs_input_grad[1]:
+            if need_w:
                 torch.mm(dz.T, x, out=dW[part])                                     # final at once: only dX accumulates
-        return torch.zeros_like(hidden).index_copy_(0, live, dX.to(hidden.dtype)), dW, None, None, None
+        return torch.zeros_like(hidden).index_copy_(0, live, dX.to(hidden.dtype)) if need_x else None, dW, None, None, None
 
 
 class _Precomputed(torch.autograd.Function):

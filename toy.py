@@ -216,33 +216,37 @@ def tokenizer(thinks: bool) -> TiktokenTokenizer:
 
 
 def sized(rng: random.Random, progress: float) -> World:
-    """A world for training, all sizes up to the hard level; small ones first, because all sizes from the start learn several times slower."""
-    people = rng.choice((3, 4, 5) if progress < 0.1 else (4, 5, 6, 7, 9, 9, 9) if progress < 0.7 else (5, 7, 9, 9, 11, 11))
-    return make_world(rng, people, (1, 6) if people < 9 else (4, 6) if people == 9 else (5, 8))
+    """A world for training: small ones first, because all sizes from the start learn several times slower; beyond 1 those of the hard level too."""
+    people = rng.choice((3, 4, 5) if progress < 0.1 else (4, 5, 6, 7, 9, 9, 9) if progress < 0.7 else (5, 7, 9, 9, 11, 11) if progress <= 1 else (9, 11, 14, 14))
+    return make_world(rng, people, (1, 6) if people < 9 else (4, 6) if people == 9 else (5, 8) if people < 14 else (7, 10))
 
 
-def student_text(rng: random.Random, progress: float) -> tuple[str, str]:
+WANDER = (0.1, 0.2, 0.5, 0.7, 0.9, 0.9), (0.5, 0.7, 0.9)             # how often a novice wanders, drawn per trace: in pretraining, and in its bad habits
+
+
+def student_text(rng: random.Random, progress: float, wander: tuple[float, ...]) -> tuple[str, str]:
     """(question, completion) of pretraining: drills in the two skills in most of the first half, small worlds in the first 70 %, then everything."""
     early = progress < 0.7
     world = sized(rng, progress)
     asked = question(world, rng)
     if rng.random() < (0.6 if progress < 0.5 else 0.02):
         return asked, " " + " ".join(say(rng, world, drill(rng, world, 12), "student"))
-    hops, answer = novice(rng, world, rng.choice((0.1, 0.2, 0.5, 0.7, 0.9, 0.9)), 9 if early else rng.choice((9, 12, 15)))
+    hops, answer = novice(rng, world, rng.choice(wander), 9 if early else rng.choice((9, 12, 15)))
     return asked, join_completion(" ".join(say(rng, world, hops, "student")), str(answer))
 
 
-def make_student(steps: int, seed: int) -> None:
-    """Pretrains the base student on the novice's texts into toy/student."""
+def make_student(steps: int, seed: int, lr: float, habits: bool = False) -> None:
+    """Pretrains the base student on the novice's texts into toy/student. Then once more on its `habits`: good walks, of which pretraining needs some to
+    teach how long ones end, become so rare that sampling hardly finds one. That is the sparse regime."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=True)
-    model = Qwen3ForCausalLM(tiny_config(tok))
-    log(f"student: {sum(p.numel() for p in model.parameters())} parameters, vocabulary {len(tok)}, {steps} steps of 64 texts")
-    pairs = lambda progress: [text_pair(tok, *student_text(rng, progress)) for _ in range(64)]
-    batches = (pairs(step / steps) for step in range(steps))
+    model = load_model(FOLDER / "student")[0] if habits else Qwen3ForCausalLM(tiny_config(tok))
+    log(f"student{', bad habits' if habits else ''}: {sum(p.numel() for p in model.parameters())} parameters, vocabulary {len(tok)}, {steps} steps of 64 texts, rate {lr}")
+    pairs = lambda progress: [text_pair(tok, *student_text(rng, progress, WANDER[habits])) for _ in range(64)]
+    batches = (pairs(1.0 if habits else step / steps) for step in range(steps))
     held_out, started = make_problems(9999, 128, 11, (7, 8)), time.time()
-    for step, loss in enumerate(train_pairs(model, batches, steps, 4e-3, schedule, 4096, (0.9, 0.98), 0.01)):
-        if step % 500 == 499:
+    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
+        if step % 500 == 499 or step == steps - 1:
             log(f"student step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  greedy {probe(model, tok, held_out, 0.0)}  sampled {probe(model, tok, held_out, 1.0)}")
             save(model, tok, "student")
 
@@ -294,7 +298,7 @@ def spoil(rng: random.Random, sentences: list[str]) -> str:
 def reading_text(rng: random.Random, progress: float) -> tuple[str, str]:
     """(prompt, target) for the decomposer: a trace in either voice, right or wrong or spoilt, and its true structure."""
     world = sized(rng, progress)
-    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 15)))
+    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 15) if progress <= 1 else (12, 15, 18)))
     trace = spoil(rng, say(rng, world, hops, "teacher" if rng.random() < 0.3 else "student", rng.choice((0.0, 0.1))))
     return decompose_prompt(question(world, rng), trace), format_steps(read(trace))
 
@@ -311,18 +315,18 @@ def judging_text(rng: random.Random) -> tuple[str, str]:
     return judge_prompt(kind, a, b), "yes" if sorted(a.split()) == sorted(b.split()) else "no"
 
 
-def make_gsrm(steps: int, seed: int) -> None:
-    """Fine-tunes the base student into toy/gsrm: it learns to write structures and to judge pairs."""
+def make_gsrm(steps: int, seed: int, start: str, lr: float, beyond: float = 1.0) -> None:
+    """Fine-tunes toy/<start> into toy/gsrm: it learns to write structures and to judge pairs."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=False)
-    model, _ = load_model(FOLDER / "student")
-    log(f"gsrm: from toy/student, {steps} steps of 40 traces to read and 60 pairs to judge")
+    model, _ = load_model(FOLDER / start)
+    log(f"gsrm: from toy/{start}, {steps} steps of 40 traces to read and 60 pairs to judge, rate {lr}")
     texts = lambda rng, progress, count: [reading_text(rng, progress) for _ in range(2 * count)] + [judging_text(rng) for _ in range(3 * count)]
-    batches = ([text_pair(tok, *text) for text in texts(rng, step / steps, 20)] for step in range(steps))
-    held_out, started = texts(random.Random(9999), 1.0, 80), time.time()
-    for step, loss in enumerate(train_pairs(model, batches, steps, 4e-3, schedule, 4096, (0.9, 0.98), 0.01)):
-        if step % 200 == 199:
-            reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 256)
+    batches = ([text_pair(tok, *text) for text in texts(rng, beyond if start == "gsrm" else step / steps, 20)] for step in range(steps))
+    held_out, started = texts(random.Random(9999), beyond, 80), time.time()
+    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
+        if step % 200 == 199 or step == steps - 1:
+            reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 280)
             written = reader.generate([prompt for prompt, _ in held_out])
             right = {task: [w == t for w, (p, t) in zip(written, held_out) if (t in ("yes", "no")) == (task == "judged")] for task in ("read", "judged")}
             log(f"gsrm step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  " + "  ".join(f"{task} exactly right {sum(r) / len(r):.3f}" for task, r in right.items()))
@@ -355,8 +359,11 @@ def main() -> None:
     (FOLDER / "make.log").unlink(missing_ok=True)
     for seed, split in ((1, "train"), (2, "test")):
         write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(seed, 256, 11, (7, 8))])
-    make_student(4500, 1)
-    make_gsrm(1200, 1)
+    make_student(4500, 1, 4e-3)
+    make_gsrm(1200, 1, "student", 4e-3)
+    make_gsrm(1300, 2, "gsrm", 2e-3)                     # all sizes from its first step
+    make_gsrm(1000, 3, "gsrm", 2e-3, beyond=2.0)         # and those of the hard level
+    make_student(600, 2, 1e-3, habits=True)
 
 
 if __name__ == "__main__":

@@ -300,9 +300,13 @@ def step_once(step: int, problems: list[Problem], model: PreTrainedModel, tokeni
 def main(config: Config) -> None:
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
     start = start_folder(out, asdict(config), config.resume, rank() == 0)
+    if dist.is_initialized():
+        dist.barrier()                                    # every process has looked at the folder before one of them writes to it
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps({"config": asdict(config), "torch": torch.__version__, "command": sys.argv}, indent=1))
-    say(f"{config}\nP x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
+    if rank() == 0:
+        (out / "run.json").write_text(json.dumps({"config": asdict(config), "torch": torch.__version__, "command": sys.argv}, indent=1))
+    say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
+    say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
     torch.manual_seed(config.seed)
     problems, held_out = load_data(config)
     model, tokenizer = load_model(start or config.model, config.device)

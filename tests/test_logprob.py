@@ -1,7 +1,8 @@
 """logprob.py against float64 autograd: values, gradients, the properties of the formulas, memory, and compilation for GPUs that are not here.
 
 Every test with a `device` runs on the plain twins, on the Triton kernels in Triton's interpreter (float32: its bf16 products are wrong, triton#11584;
-in a process of its own, started by `test_all_of_it_on_the_kernels_in_the_interpreter`) and, where there is one, on a GPU. `python -m pytest tests/test_logprob.py`
+in a process of its own, which `test_all_of_it_on_the_kernels_in_the_interpreter` starts) and, where there is one, on a GPU.
+`python -m pytest tests/test_logprob.py`
 """
 import os
 import re
@@ -48,7 +49,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(L, "WORKSPACE", 1)
 
 
-def inputs(N: int = 21, D: int = 48, V: int = 301, seed: int = 0, scale: float = 0.5, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(N: int = 21, D: int = 48, V: int = 301, seed: int = 0, scale: float = 0.5, device: str = "cpu",
+           dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight, targets; ragged against every tile by default."""
     g = torch.Generator().manual_seed(seed)
     x, W, y = torch.randn(N, D, generator=g) * scale, torch.randn(V, D, generator=g), torch.randint(V, (N,), generator=g)
@@ -153,6 +155,21 @@ def test_kl(device: str, small_chunks: None, direction: str) -> None:
     assert got[2] is got[3] is None
 
 
+def test_a_vocabulary_of_many_tiles(device: str) -> None:
+    """More tiles than are merged at once, with the largest logits far above the target's and in the last ones."""
+    x, W, y = inputs(5, 16, 2200, device=device)
+    with torch.no_grad():
+        W[2100:, 0], x[:2, 0], y[:] = 30.0, 5.0, 7
+    x2, W2, _ = inputs(5, 16, 2200, seed=3, device=device)
+    _, _, logp, entropy, lp = exact(x, W, y)
+    lq = exact(x2, W2, y)[4]
+    assert (logp[:2] < -100).all() and (logp[2:] > -100).all()
+    for got, want in zip(L.linear_logprob(x, W, y, T), (logp, entropy), strict=True):
+        close(got, want, 2e-5)
+    close(L.linear_kl(x, W, x2, W2, T), (lp.exp() * (lp - lq)).sum(-1), 2e-5)
+    close(L.linear_kl(x, W, x2, W2, T, "forward"), (lq.exp() * (lq - lp)).sum(-1), 2e-5)
+
+
 def test_kl_of_a_model_with_itself_is_zero_and_at_its_minimum(device: str) -> None:
     x, W, _ = inputs(device=device)
     for direction in ("reverse", "forward"):
@@ -163,7 +180,7 @@ def test_kl_of_a_model_with_itself_is_zero_and_at_its_minimum(device: str) -> No
 
 def test_logits_variant(device: str) -> None:
     z = torch.randn(9, 5000, generator=torch.Generator().manual_seed(0)).mul(4).to(device)
-    z[0, 17], z[1, 17] = 900.0, -900.0
+    z[0, 17], z[1, 17], z[2, 17] = 900.0, -900.0, 15.0                              # the target impossible, impossible, likely
     y, a = torch.tensor([3, 17, 17, 0, 4999, 4096, 4095, 8, 8], device=device), rows_of(9, device=device)[0]
     a[4] = 0
     Z = z.detach().cpu().double().requires_grad_()
@@ -171,6 +188,7 @@ def test_logits_variant(device: str) -> None:
     dZ, = torch.autograd.grad((a.cpu() * want).sum(), Z)
     leaf = z.clone().requires_grad_()
     got = L.logprob_from_logits(leaf * 1, y, T)
+    assert -2 < want[2] < -0.1
     close(got, want, 2e-6)
     got.backward(a)
     near(leaf.grad, dZ)
@@ -303,11 +321,12 @@ def test_targets_far_below_and_near_probability_one_stay_exact(device: str) -> N
     close(ours, logp, 2e-6)
     close(ours_entropy, entropy, 3e-4)                                              # float32 logits of 7000 are 5e-4 apart
     assert ours.max() <= 0
-    a = rows_of(20)[0]
-    for weights in (a, a * (torch.arange(20) == 9), a * (torch.arange(20) != 9)):    # also a far row alone, and not at all
-        want = torch.autograd.grad((weights * logp).sum(), (X, Wd), retain_graph=True)
-        mode_a = torch.autograd.grad((weights.to(device) * ours).sum(), (x, W), retain_graph=True)
-        loss, _ = L.linear_policy_loss(x, W, y, T, lambda lp, rows, w=weights.to(device): (w[rows] * lp).sum(), 20)
+    a = rows_of(20, device=device)[0]
+    number = torch.arange(20, device=device)
+    for w in (a, a * (number == 9), a * (number != 9)):                             # also a far row alone, and all but that
+        want = torch.autograd.grad((w.cpu() * logp).sum(), (X, Wd), retain_graph=True)
+        mode_a = torch.autograd.grad((w * ours).sum(), (x, W), retain_graph=True)
+        loss, _ = L.linear_policy_loss(x, W, y, T, lambda lp, rows, w=w: (w[rows] * lp).sum(), 20)
         for got, want_, got_b in zip(mode_a, want, torch.autograd.grad(loss, (x, W)), strict=True):
             near(got, want_, 2e-5)
             near(got_b, want_, 2e-5)
@@ -334,18 +353,19 @@ def test_mode_a_equals_mode_b(device: str) -> None:
 
 # ---- what it costs
 
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 def test_what_was_never_written_is_never_read(device: str, small_chunks: None) -> None:
     """Every workspace starts as NaN here; one that leaked into a result would show."""
     x, W, y = inputs(device=device)
     x2, W2, _ = inputs(seed=7, device=device)
-    torch.use_deterministic_algorithms(True)                                        # fills what torch.empty and its kin return
+    torch.use_deterministic_algorithms(True, warn_only=True)                        # fills what torch.empty and its kin return
     try:
         assert torch.empty(9, device=device).isnan().all() and x.new_empty(9).isnan().all()
-        results = [*L.linear_logprob(x, W, y, T), L.linear_kl(x, W, x2, W2, T), L.linear_policy_loss(x, W, y, T, lambda logp, rows: (logp * (logp > -9)).sum(), 16)[0],
-                   L.logprob_from_logits((x @ W.T).detach().requires_grad_() * 1, y, T)]
+        results = [*L.linear_logprob(x, W, y, T), L.linear_kl(x, W, x2, W2, T), L.logprob_from_logits(x @ W.T, y, T),
+                   L.linear_policy_loss(x, W, y, T, lambda logp, rows: (logp * (logp > -9)).sum(), 16)[0]]
         for out in results:
-            grads = torch.autograd.grad(out.sum(), (x, W), allow_unused=True, retain_graph=True)
-            assert out.isfinite().all() and all(g is None or g.isfinite().all() for g in grads)
+            grads = torch.autograd.grad(out.sum(), (x, W), retain_graph=True)
+            assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -358,7 +378,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.rstrip("_")
         if name in ("mm", "addmm"):
-            a, b = args[-2:] if name == "mm" else args[1:3]
+            a, b = args[:2] if name == "mm" else args[1:3]
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         for t in out if isinstance(out, (tuple, list)) else (out,):
             self.elements = max(self.elements, t.numel() if isinstance(t, Tensor) and t.is_floating_point() else 0)
@@ -532,7 +552,8 @@ def test_equals_trl_selective_log_softmax(device: str) -> None:
 
 
 def test_works_where_triton_is_not_installed() -> None:
-    code = ("import sys; sys.modules['triton'] = None\nimport torch, logprob\nx, w, y = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8), torch.arange(5)\n"
+    code = ("import sys; sys.modules['triton'] = None\nimport torch, logprob\n"
+            "x, w, y = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8), torch.arange(5)\n"
             "logprob.linear_logprob(x, w, y)[0].sum().backward(); logprob.linear_policy_loss(x, w, y, 1.0, lambda logp, rows: logp.sum())[0].backward()\n"
             "assert logprob.triton is None and x.grad.isfinite().all() and x.grad.abs().max() > 0")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -687,8 +708,8 @@ def test_more_than_two_to_the_31_logits_and_peak_memory_on_a_gpu() -> None:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         gradients.append(torch.autograd.grad(run(), (x, W)))
-        statistics = 12 * N * (V // 256 + 1)
-        assert torch.cuda.max_memory_allocated() - before < extra + statistics + 6 * V * D + 16 * N * D + 2**26 + sum(2 * t.numel() for g in gradients for t in g)
+        bound = extra + 12 * N * (V // 256 + 1) + 6 * V * D + 16 * N * D + 2**26      # workspace, statistics, gradients in both precisions, small change
+        assert torch.cuda.max_memory_allocated() - before < bound
     close(L.linear_logprob(x, W, y, T)[0][sample], want, 1e-5)
     for other in gradients[1:]:
         assert all(relative(g, w) < 6e-3 for g, w in zip(other, gradients[0], strict=True))

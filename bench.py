@@ -1,0 +1,377 @@
+"""Speed, memory and error, measured side by side. `python bench.py logprob`: the head's log-probs beside every other implementation that is installed.
+
+For each model shape and number of rows, one table: milliseconds (median), TFLOP/s and peak memory on top of the inputs, for the log-probs alone and
+for forward + backward of a clipped GRPO loss with k3 and a weight per token; errors against float64 of the same rounded inputs. The rate counts the
+FLOPs that are needed, 2 N D V forward and 6 N D V with both gradients, whatever an implementation really spends; the cuBLAS rows are bare matmuls, the roof.
+
+    python bench.py logprob                                    all shapes and rows on a GPU; on a CPU small shapes, memory and errors only
+    python bench.py logprob --shape 1.5b --rows 8192 --data peaked --only ours cuBLAS
+    python bench.py logprob --tune --shape 1.5b --rows 8192     forward tile sizes, one line each, fastest last
+
+How: implementations take turns inside a round, so that clocks and temperature drift for all alike; warm-ups first; the L2 cache is overwritten before
+each run; the median of the rounds. Memory on a CPU counts the tensors that torch's dispatcher sees, not the inside of an operator. "random" data is
+white noise; "peaked" has logits of standard deviation 8 and targets drawn from the model, like a trained model's. Left out: several GPUs, gradients
+of the entropy, and tuning any peer beyond its defaults.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import logprob
+
+SHAPES = {"1.5b": (1536, 151936), "1.7b": (2048, 151936), "7b": (3584, 152064), "tiny": (64, 4099)}      # (D, V) of Qwen2.5-1.5B, Qwen3-1.7B, Qwen2.5-7B
+LENGTH, LOW, HIGH, BETA = 256, 0.2, 0.28, 0.04              # tokens per sequence; clip and KL coefficients
+PEER_ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError)     # a peer may be too old for this torch
+if logprob.triton is not None:
+    from triton.errors import TritonError
+    PEER_ERRORS += (TritonError,)
+
+
+@dataclass
+class Case:
+    """One problem: hidden (N, D) and weight (V, D) with gradients, targets (N,), and what the loss needs per row, (N,) float32."""
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    advantages: Tensor
+    weights: Tensor
+    old: Tensor
+    ref: Tensor
+    temperature: float
+
+    def loss(self, logp: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Clipped GRPO with k3, each token with its own weight."""
+        a, ratio, drift = self.advantages[rows], (logp - self.old[rows]).exp(), self.ref[rows] - logp
+        return ((BETA * (drift.exp() - drift - 1) - torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a)) * self.weights[rows]).sum()
+
+
+def make_case(N: int, D: int, V: int, data: str, temperature: float, device: str, dtype: torch.dtype) -> Case:
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn(N, D, generator=g, device=device).to(dtype)
+    W = (torch.randn(V, D, generator=g, device=device) * ((8 if data == "peaked" else 1) / D ** 0.5)).to(dtype)
+    y = torch.randint(V, (N,), generator=g, device=device)
+    if data == "peaked":
+        y = torch.cat([torch.softmax(part.float() @ W.float().T / temperature, -1).multinomial(1, generator=g)[:, 0] for part in x.split(256)])
+    logp, _ = logprob.linear_logprob(x, W, y, temperature)
+    old, ref = (logp + 0.1 * torch.randn(N, generator=g, device=device) for _ in range(2))
+    advantages = torch.randn(-(-N // LENGTH), generator=g, device=device).repeat_interleave(LENGTH)[:N]
+    weights = torch.rand(N, generator=g, device=device) / N
+    return Case(x.requires_grad_(), W.requires_grad_(), y, advantages, weights, old, ref, temperature)
+
+
+# ---- implementations: a function Case -> log-probs (N,), differentiable, or a step Case -> loss whose gradients are for the caller to take
+
+def from_logits(x: Tensor, W: Tensor, y: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax((x @ W.T).float() / temperature, -1).gather(1, y[:, None])[:, 0]
+
+
+def eager(case: Case) -> Tensor:
+    return from_logits(case.hidden, case.weight, case.targets, case.temperature)
+
+
+def chunked(case: Case, step: int = 1024) -> Tensor:
+    parts = zip(case.hidden.split(step), case.targets.split(step))
+    return torch.cat([checkpoint(from_logits, x, case.weight, y, case.temperature, use_reentrant=False) for x, y in parts])
+
+
+def torch_linear_cross_entropy(case: Case) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(case.hidden / case.temperature, case.weight, case.targets, reduction="none", options=options)
+
+
+def cut_cross_entropy(case: Case) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+    return -linear_cross_entropy(case.hidden / case.temperature, case.weight, case.targets, reduction="none")
+
+
+def liger_scaled(case: Case) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function as scaled
+    return -scaled.apply(case.hidden, case.weight, case.targets, case.temperature, -100, 1, False)
+
+
+def liger_sft(case: Case) -> Tensor:
+    """Step of another loss: it can only sum, so no weights and no GRPO; for its time."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as flce
+    out = flce.apply(case.hidden, case.weight, case.targets, None, None, -100, 0.0, 0.0, "sum")
+    return out[0] if isinstance(out, tuple) else out
+
+
+def liger_grpo(case: Case) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    shape = (-1, min(LENGTH, len(case.targets)))
+    loss = LigerFusedLinearGRPOLoss(beta=BETA, epsilon_low=LOW, epsilon_high=HIGH, temperature=case.temperature)
+    return loss(case.hidden.view(*shape, case.hidden.shape[1]), case.weight, case.targets.view(shape), torch.ones_like(case.targets).view(shape),
+                case.advantages.view(shape)[:, 0].contiguous(), ref_per_token_logps=case.ref.view(shape), old_per_token_logps=case.old.view(shape))[0]
+
+
+def liger_grpo_from_logits(case: Case) -> Tensor:
+    from liger_kernel.ops.grpo_loss import GrpoLossFunction
+    rows = lambda t: t.view(1, -1).contiguous()
+    logits = F.pad(case.hidden, (0, 0, 0, 1)) @ case.weight.T                       # it drops the last position
+    return GrpoLossFunction.apply(logits[None], rows(case.old), rows(case.ref), rows(case.targets), case.advantages[:1], None,
+                                  case.temperature, BETA, LOW, HIGH, True)[0]
+
+
+def verl(case: Case) -> Tensor:
+    """Its kernels file alone: importing the package would ask for ray and much else."""
+    root = importlib.util.find_spec("verl")
+    if root is None:
+        raise ImportError("verl")
+    if "verl_kernels" not in sys.modules:
+        device = types.ModuleType("verl.utils.device")
+        device.get_device_capability, device.get_device_name = torch.cuda.get_device_capability, lambda: "cuda"
+        device.is_cuda_available, device.get_torch_device = True, lambda: torch.cuda
+        sys.modules.update({"verl": types.ModuleType("verl"), "verl.utils": types.ModuleType("verl.utils"), "verl.utils.device": device})
+        folder, package = Path(root.submodule_search_locations[0]) / "utils" / "kernel", types.ModuleType("verl_kernels")
+        package.__path__ = [str(folder)]
+        sys.modules["verl_kernels"] = package
+    from verl_kernels.linear_cross_entropy import linear_cross_entropy
+    return linear_cross_entropy(case.hidden, case.weight, case.targets, case.temperature, "none")[0]
+
+
+def bare(products: str) -> Callable[[Case], None]:
+    """cuBLAS: f logits, x and w the two gradient products, from logits of random bf16."""
+    def run(case: Case) -> None:
+        x, W, E = case.hidden.detach(), case.weight.detach(), None
+        for product in products:
+            if product == "f":
+                E = x @ W.T
+            else:
+                torch.mm(E, W) if product == "x" else torch.mm(E.T, x)
+    return run
+
+
+def ours_a(case: Case) -> Tensor:
+    return logprob.linear_logprob(case.hidden, case.weight, case.targets, case.temperature)[0]
+
+
+def ours_b(case: Case, chunk: int = 8192, frozen: bool = False) -> Tensor:
+    weight = case.weight.detach() if frozen else case.weight
+    return logprob.linear_policy_loss(case.hidden, weight, case.targets, case.temperature, case.loss, chunk)[0]
+
+
+def ours_from_logits(case: Case) -> Tensor:
+    return logprob.logprob_from_logits(case.hidden @ case.weight.T, case.targets, case.temperature)
+
+
+@dataclass
+class Row:
+    """An implementation: log-probs, a step of the same GRPO loss (`own` where it is another loss or has no gradients of both), or both."""
+    name: str
+    logp: Callable[[Case], Tensor] | None = None
+    loss: Callable[[Case], Tensor] | None = None
+    bare: tuple[str, str] | None = None
+    comparable: bool = True
+
+    def forward(self, case: Case) -> Tensor | None:
+        with torch.no_grad():
+            return bare(self.bare[0])(case) if self.bare else self.logp(case)
+
+    def step(self, case: Case) -> tuple[Tensor | None, ...] | None:
+        if self.bare:
+            return bare(self.bare[1])(case)
+        loss = self.loss(case) if self.loss else case.loss(self.logp(case))
+        return torch.autograd.grad(loss, (case.hidden, case.weight), allow_unused=True)
+
+
+def rows() -> list[Row]:
+    compiled = torch.compile(from_logits, dynamic=False)
+    return [Row("ours A", ours_a), Row("ours B", loss=ours_b), Row("ours B, chunk 4096", loss=partial(ours_b, chunk=4096)),
+            Row("ours B, frozen head", loss=partial(ours_b, frozen=True)), Row("ours from logits", ours_from_logits),
+            Row("torch eager", eager), Row("torch.compile", lambda c: compiled(c.hidden, c.weight, c.targets, c.temperature)),
+            Row("torch chunked 1024", chunked),
+            Row("torch linear_cross_entropy", torch_linear_cross_entropy), Row("Liger scaled CE (SM90)", liger_scaled),
+            Row("Liger FLCE (sum only)", loss=liger_sft, comparable=False), Row("Liger chunked GRPO", loss=liger_grpo, comparable=False),
+            Row("Liger GRPO from logits", loss=liger_grpo_from_logits, comparable=False), Row("cut-cross-entropy", cut_cross_entropy), Row("verl", verl),
+            Row("cuBLAS 1F / 3F", bare=("f", "fxw")), Row("cuBLAS 4F", bare=("f", "ffxw"))]
+
+
+# ---- measuring
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the storages that torch's operations made and that were alive together: memory on a CPU, where nobody else counts it."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            storage = t.untyped_storage() if isinstance(t, Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(run: Callable[[Case], object], case: Case) -> tuple[int, object]:
+    """Peak memory over what was there before, results included, and the result."""
+    if not case.hidden.is_cuda:
+        with LiveBytes() as live:
+            out = run(case)
+        return live.peak, out
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run(case)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, out
+
+
+def milliseconds(runs: dict[str, Callable[[Case], object]], case: Case, rounds: int) -> dict[str, float]:
+    """Median of each, taking turns; every run starts after 256 MB were written over the L2 cache."""
+    flush, times = torch.empty(1 << 26, dtype=torch.int32, device="cuda"), {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            start.record()
+            run(case)
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+@dataclass
+class Truth:
+    """float64 from the same rounded inputs: log-probs of all rows, gradients of sampled rows of hidden and of weight."""
+    rows: Tensor
+    cols: Tensor
+    logp: Tensor
+    dX: Tensor
+    dW: Tensor
+
+
+def truth(case: Case, samples: int = 256) -> Truth:
+    N, V, T = len(case.targets), len(case.weight), case.temperature
+    g = torch.Generator(case.hidden.device).manual_seed(1)
+    rows = torch.randperm(N, generator=g, device=case.hidden.device)[:samples]
+    cols = torch.cat([case.targets[rows[:samples // 2]], torch.randint(V, (samples // 2,), generator=g, device=rows.device)]).unique()
+    x, W = case.hidden.detach().double() / T, case.weight.detach().double()
+    lse = torch.cat([torch.logsumexp(part @ W.T, -1) for part in x.split(256)])
+    logp = (x * W[case.targets]).sum(-1) - lse
+    leaf = logp.clone().requires_grad_()
+    a, = torch.autograd.grad(case.loss(leaf), leaf)
+    dz = -a[rows, None] * torch.exp(x[rows] @ W.T - lse[rows, None])                 # (samples, V)
+    dz[torch.arange(len(rows)), case.targets[rows]] += a[rows]
+    part = -a[:, None] * torch.exp(x @ W[cols].T - lse[:, None])                     # (N, samples)
+    part += a[:, None] * (case.targets[:, None] == cols)
+    return Truth(rows, cols, logp[rows], dz @ W / T, part.T @ x)
+
+
+def relative(got: Tensor, want: Tensor) -> str:
+    return f"{((got.double() - want).norm() / want.norm()).item():.1e}"
+
+
+def measure(case: Case, implementations: list[Row], rounds: int) -> None:
+    """Memory and errors one by one, then times by turns; prints the table."""
+    want, table, forwards, steps = truth(case), {}, {}, {}
+    for row in implementations:
+        cells = table[row.name] = dict.fromkeys(("ms", "TF/s", "GB", "logp err", "step ms", "step TF/s", "step GB", "dX err", "dW err", ""), "-")
+        try:
+            if row.logp or row.bare:
+                row.forward(case)
+                size, logp = peak_bytes(row.forward, case)
+                cells["GB"], forwards[row.name] = f"{size / 1e9:.3f}", row.forward
+                if logp is not None:
+                    cells["logp err"] = f"{(logp[want.rows].double() - want.logp).abs().max().item():.1e}"
+                    del logp
+            row.step(case)
+            size, grads = peak_bytes(row.step, case)
+            cells["step GB"], steps[row.name] = f"{size / 1e9:.3f}", row.step
+            if grads is not None and row.comparable:
+                cells["dX err"] = relative(grads[0][want.rows], want.dX)
+                cells["dW err"] = "-" if grads[1] is None else relative(grads[1][want.cols], want.dW)
+            del grads
+        except torch.cuda.OutOfMemoryError:
+            cells[""] = "out of memory"
+        except PEER_ERRORS as error:
+            if row.name.startswith("ours"):
+                raise
+            cells[""] = "absent" if isinstance(error, ImportError) else f"failed: {type(error).__name__}: {' '.join(str(error).split())[:60]}"
+    if case.hidden.is_cuda:
+        needed = 2 * case.hidden.numel() * len(case.weight)
+        for runs, factor, prefix in ((forwards, 1, ""), (steps, 3, "step ")):
+            for name, ms in milliseconds(runs, case, rounds).items():
+                table[name][prefix + "ms"], table[name][prefix + "TF/s"] = f"{ms:.2f}", f"{factor * needed / ms / 1e9:.0f}"
+    header = next(iter(table.values()))
+    print(f"| {'':26} | " + " | ".join(f"{h:>9}" for h in header) + " |")
+    print("|---" * (len(header) + 1) + "|")
+    for name, cells in table.items():
+        print(f"| {name:26} | " + " | ".join(f"{c:>9}" for c in cells.values()) + " |", flush=True)
+
+
+def tune(case: Case, rounds: int) -> None:
+    """Times the forward pass for other tile sizes than logprob._tiles' own; edit that function with what wins."""
+    original, results = logprob._tiles, []
+    for sizes in itertools.product((64, 128), (128, 256), (64, 128), (8, 16), (4, 8), (3, 4)):
+        tiles = dict(zip(("BM", "BV", "BK", "GROUP", "num_warps", "num_stages"), sizes))
+        logprob._tiles = lambda t, accumulators=1, tiles=tiles: tiles
+        run = Row("", ours_a).forward
+        try:
+            run(case)
+            results.append((milliseconds({"": run}, case, rounds)[""], tiles))
+        except PEER_ERRORS as error:
+            print(f"{tiles}: {type(error).__name__}")
+    logprob._tiles = original
+    for ms, tiles in sorted(results, key=lambda r: -r[0]):
+        print(f"{ms:8.2f} ms {2 * case.hidden.numel() * len(case.weight) / ms / 1e9:5.0f} TFLOP/s  {tiles}")
+
+
+def bench_logprob(args: argparse.Namespace) -> None:
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    shapes = args.shape or (["1.5b", "1.7b", "7b"] if gpu else ["tiny"])
+    counts = args.rows or ([2048, 8192, 32768] if gpu else [256, 1024])
+    print(torch.cuda.get_device_name() if gpu else "CPU (memory and errors only)", f"torch {torch.__version__}", str(dtype),
+          f"triton {logprob.triton.__version__ if logprob.triton else 'absent'}", f"temperature {args.temperature}", f"{args.rounds} rounds", sep=", ")
+    for shape in shapes:
+        for N in counts:
+            case = make_case(N, *SHAPES[shape], args.data, args.temperature, device, dtype)
+            print(f"\n{shape}: D = {SHAPES[shape][0]}, V = {SHAPES[shape][1]}, N = {N}, {args.data} data")
+            torch.compiler.reset()                                                  # one shape must not make the next one fall back to eager
+            chosen = [row for row in rows() if not args.only or any(word.lower() in row.name.lower() for word in args.only)]
+            tune(case, args.rounds) if args.tune else measure(case, chosen, args.rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("logprob", help="log-probs of the language-model head, beside other implementations")
+    command.add_argument("--shape", nargs="+", choices=SHAPES)
+    command.add_argument("--rows", nargs="+", type=int)
+    command.add_argument("--data", choices=("random", "peaked"), default="random")
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--rounds", type=int, default=30)
+    command.add_argument("--only", nargs="+", help="rows whose name contains one of these")
+    command.add_argument("--tune", action="store_true", help="try tile sizes of the forward kernel instead")
+    command.set_defaults(run=bench_logprob)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
