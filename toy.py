@@ -32,6 +32,7 @@ from rollout import Sampler, TextModel
 from sft import train_pairs
 
 MOD, FOLDER = 10, Path(__file__).parent / "toy"
+PEOPLE, NEEDED = 14, (9, 10)                            # the level of toy/train.jsonl: so hard that sampling the base finds next to no whole walk
 NAMES = "Ann Bob Cid Dee Eli Fay Gus Hal Ivy Jim Kay Lou Max Ned".split()
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -343,9 +344,9 @@ def log(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Without a command: problems, student and GSRM into toy/.")
     more = parser.add_subparsers(dest="command").add_parser("problems", help="problems of another level, as JSONL")
-    for name, default in (("people", 11), ("count", 256), ("seed", 1)):
+    for name, default in (("people", PEOPLE), ("count", 256), ("seed", 1)):
         more.add_argument(f"--{name}", type=int, default=default)
-    more.add_argument("--needed", type=int, nargs=2, default=(7, 8), metavar=("FROM", "TO"), help="how many people the answer takes")
+    more.add_argument("--needed", type=int, nargs=2, default=NEEDED, metavar=("FROM", "TO"), help="how many people the answer takes")
     more.add_argument("--wording", choices=tuple(FACTS), default="plain")
     more.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -358,7 +359,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "make.log").unlink(missing_ok=True)
     for seed, split in ((1, "train"), (2, "test")):
-        write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(seed, 256, 11, (7, 8))])
+        write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(seed, 256, PEOPLE, NEEDED)])
     make_student(4500, 1, 4e-3)
     make_gsrm(1200, 1, "student", 4e-3)
     make_gsrm(1300, 2, "gsrm", 2e-3)                     # all sizes from its first step

@@ -91,8 +91,8 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "none": {},
-    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", w_format=0.0, steps=250, problems_per_step=8,
-                max_new_tokens=170, gsrm_max_new_tokens=240, beta=0.0, lr=5e-4, warmup_steps=5, adam_beta2=0.95, device="cpu"),
+    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=200, problems_per_step=8, max_new_tokens=175,
+                gsrm_max_new_tokens=260, w_outcome=0.25, beta=0.005, lr=6e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
 }
 
 # ------------------------------------------------------------------------------------------------ processes
