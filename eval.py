@@ -3,7 +3,7 @@ r"""How good is a student? Samples, grades and scores its completions, and says 
     mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      structure: mean structure reward on problems with teacher traces
     interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N), p_i the figure of problem i: N problems are the clusters, not N*k samples
 
-    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --gsrm toy/gsrm --truth toy:read
+    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 175 --gsrm toy/gsrm --truth toy:read
     python eval.py plot out/toy out/grpo                         # learning curves of several runs -> curve.png
 
 Every generation is stored. Grading is in grade.py (three-valued: right, wrong, None = could not be graded; None never becomes 0).

@@ -134,7 +134,7 @@ def plot(runs: list[str], path: Path) -> None:
                 smooth = [y[max(0, i - 9): i + 1].mean() for i in range(len(y))]
                 axes.plot(steps, y, color=color, alpha=0.2, linewidth=0.8)
                 axes.plot(steps, smooth, line, color=color, label=label + (f", {Path(run).name}" if len(runs) > 1 else ""))
-    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, 1), title="RLKD: structure first, then the answer" if len(runs) == 1 else None)
+    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)

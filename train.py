@@ -10,9 +10,8 @@
     torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
 
-A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png,
-run.json (the configuration as resolved), checkpoints/. Sampler and trainer share one module per process. Left out on purpose: a Trainer class, callbacks, an
-external sampler; sharding (FSDP2) is not here yet, each process holds the whole model.
+A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png, run.json
+(the configuration), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler. Sharding (FSDP2) is not here yet.
 """
 import json
 import math
