@@ -11,7 +11,7 @@ With K teacher traces R = max over traces: any branch that the teacher has shown
 A reward is a number or None, "could not be scored" (judge or decomposer failed). None never becomes 0; it is left out of the group and the loss.
 Student text is untrusted: step tags, chat-template tokens and our delimiters in it are defused and its length is limited before it enters a prompt.
 
-The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.LocalLM), an endpoint, a rule.
+The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
     python gsrm.py eval --model toy/student --gsrm toy/gsrm --data toy --truth toy:read          # the reward model's own report card
 """
