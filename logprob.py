@@ -189,7 +189,7 @@ def _tiles(t: Tensor, accumulators: int = 1) -> dict[str, int]:
     if t.device.type == "cpu":                                                     # Triton's interpreter
         return {"BM": 16, "BV": 32, "BK": 16, "GROUP": 4}
     if t.dtype == torch.float32:                                                   # exact products, no tensor cores
-        return {"BM": 64, "BV": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+        return {"BM": 64, "BV": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2}
     if torch.cuda.get_device_capability(t.device)[0] in (9, 10):                   # H100, H200, B200
         return {"BM": 128, "BV": 256 // accumulators, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
     return {"BM": 64, "BV": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}
