@@ -367,6 +367,7 @@ def _policy_loss(x: Tensor, weight: Tensor, y: Tensor, T: float, loss_fn: LossFn
         total += loss
         if E is not None:
             _chunk_gradients(E, x[rows], weight, y[rows], T, stats, a, None if dX is None else dX[rows], dW, only)
+    buffer = E = None                                                               # before dW is copied
     return total, logp, dX, None if dW is None else dW.to(weight.dtype)
 
 
