@@ -51,7 +51,8 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
     reader = text_model(gsrm, device, max_new_tokens)
     weights = hashlib.sha256()                                                # a retrained model at the same path must not meet the old one's cache
     for file in sorted(Path(gsrm).glob("*.safetensors")):
-        weights.update(file.read_bytes()[:1 << 24])
+        with file.open("rb") as start:
+            weights.update(start.read(1 << 24))                               # the first 16 MiB of each, not 15 GB to look at them
     return GSRM(reader.generate, judge_by(text_model(judge, device, 1).p_yes if judge else reader.p_yes), cache_path, f"{gsrm} {weights.hexdigest()}", normalize)
 
 
