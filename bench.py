@@ -1,12 +1,13 @@
-"""Speed, memory and error, measured side by side. `python bench.py logprob`: the head's log-probs beside every other implementation that is installed.
+"""Speed, memory and error, measured side by side: `python bench.py logprob`, the head's log-probs, and `python bench.py rollout`, sampling, beside others.
 
-For each model shape and number of rows, one table: milliseconds (median), TFLOP/s and peak memory on top of the inputs, for the log-probs alone and
+logprob: for each model shape and number of rows, one table: milliseconds (median), TFLOP/s and peak memory on top of the inputs, for the log-probs alone and
 for forward + backward of a clipped GRPO loss with k3 and a weight per token; errors against float64 of the same rounded inputs. The rate counts the
 FLOPs that are needed, 2 N D V forward and 6 N D V with both gradients, whatever an implementation really spends; the cuBLAS rows are bare matmuls, the roof.
 
     python bench.py logprob                                    all shapes and rows on a GPU; on a CPU small shapes, memory and errors only
     python bench.py logprob --shape 1.5b --rows 8192 --data peaked --only ours cuBLAS
     python bench.py logprob --tune --shape 1.5b --rows 8192     forward tile sizes, one line each, fastest last
+    python bench.py rollout                                    tokens per second, useful ones only, and the share of what the hardware allows
 
 How: implementations take turns inside a round, so that clocks and temperature drift for all alike; warm-ups first; the L2 cache is overwritten before
 each run; the median of the rounds. Memory on a CPU counts the tensors that torch's dispatcher sees, not the inside of an operator. "random" data is
@@ -16,49 +17,30 @@ of the entropy, and tuning any peer beyond its defaults.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import statistics
-import sys
-import types
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+import kernels
 import logprob
+import peers
+from peers import LENGTH, Case, Job
 
 SHAPES = {"1.5b": (1536, 151936), "1.7b": (2048, 151936), "7b": (3584, 152064), "tiny": (64, 4099)}      # (D, V) of Qwen2.5-1.5B, Qwen3-1.7B, Qwen2.5-7B
-LENGTH, LOW, HIGH, BETA = 256, 0.2, 0.28, 0.04              # tokens per sequence; clip and KL coefficients
+MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
 PEER_ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError)     # a peer may be too old for this torch
 if logprob.triton is not None:
     from triton.errors import TritonError
     PEER_ERRORS += (TritonError,)
-
-
-@dataclass
-class Case:
-    """One problem: hidden (N, D) and weight (V, D) with gradients, targets (N,), and what the loss needs per row, (N,) float32."""
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    advantages: Tensor
-    weights: Tensor
-    old: Tensor
-    ref: Tensor
-    temperature: float
-
-    def loss(self, logp: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Clipped GRPO with k3, each token with its own weight."""
-        a, ratio, drift = self.advantages[rows], (logp - self.old[rows]).exp(), self.ref[rows] - logp
-        return ((BETA * (drift.exp() - drift - 1) - torch.minimum(ratio * a, ratio.clamp(1 - LOW, 1 + HIGH) * a)) * self.weights[rows]).sum()
 
 
 def make_case(N: int, D: int, V: int, data: str, temperature: float, device: str, dtype: torch.dtype) -> Case:
@@ -75,101 +57,6 @@ def make_case(N: int, D: int, V: int, data: str, temperature: float, device: str
     return Case(x.requires_grad_(), W.requires_grad_(), y, advantages, weights, old, ref, temperature)
 
 
-# ---- implementations: a function Case -> log-probs (N,), differentiable, or a step Case -> loss whose gradients are for the caller to take
-
-def from_logits(x: Tensor, W: Tensor, y: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax((x @ W.T).float() / temperature, -1).gather(1, y[:, None])[:, 0]
-
-
-def eager(case: Case) -> Tensor:
-    return from_logits(case.hidden, case.weight, case.targets, case.temperature)
-
-
-def chunked(case: Case, step: int = 1024) -> Tensor:
-    parts = zip(case.hidden.split(step), case.targets.split(step))
-    return torch.cat([checkpoint(from_logits, x, case.weight, y, case.temperature, use_reentrant=False) for x, y in parts])
-
-
-def torch_linear_cross_entropy(case: Case) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(case.hidden / case.temperature, case.weight, case.targets, reduction="none", options=options)
-
-
-def cut_cross_entropy(case: Case) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-    return -linear_cross_entropy(case.hidden / case.temperature, case.weight, case.targets, reduction="none")
-
-
-def liger_scaled(case: Case) -> Tensor:
-    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function as scaled
-    return -scaled.apply(case.hidden, case.weight, case.targets, case.temperature, -100, 1, False)
-
-
-def liger_sft(case: Case) -> Tensor:
-    """Step of another loss: it can only sum, so no weights and no GRPO; for its time."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as flce
-    out = flce.apply(case.hidden, case.weight, case.targets, None, None, -100, 0.0, 0.0, "sum")
-    return out[0] if isinstance(out, tuple) else out
-
-
-def liger_grpo(case: Case) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    shape = (-1, min(LENGTH, len(case.targets)))
-    loss = LigerFusedLinearGRPOLoss(beta=BETA, epsilon_low=LOW, epsilon_high=HIGH, temperature=case.temperature)
-    return loss(case.hidden.view(*shape, case.hidden.shape[1]), case.weight, case.targets.view(shape), torch.ones_like(case.targets).view(shape),
-                case.advantages.view(shape)[:, 0].contiguous(), ref_per_token_logps=case.ref.view(shape), old_per_token_logps=case.old.view(shape))[0]
-
-
-def liger_grpo_from_logits(case: Case) -> Tensor:
-    from liger_kernel.ops.grpo_loss import GrpoLossFunction
-    rows = lambda t: t.view(1, -1).contiguous()
-    logits = F.pad(case.hidden, (0, 0, 0, 1)) @ case.weight.T                       # it drops the last position
-    return GrpoLossFunction.apply(logits[None], rows(case.old), rows(case.ref), rows(case.targets), case.advantages[:1], None,
-                                  case.temperature, BETA, LOW, HIGH, True)[0]
-
-
-def verl(case: Case) -> Tensor:
-    """Its kernels file alone: importing the package would ask for ray and much else."""
-    root = importlib.util.find_spec("verl")
-    if root is None:
-        raise ImportError("verl")
-    if "verl_kernels" not in sys.modules:
-        device = types.ModuleType("verl.utils.device")
-        device.get_device_capability, device.get_device_name = torch.cuda.get_device_capability, lambda: "cuda"
-        device.is_cuda_available, device.get_torch_device = True, lambda: torch.cuda
-        sys.modules.update({"verl": types.ModuleType("verl"), "verl.utils": types.ModuleType("verl.utils"), "verl.utils.device": device})
-        folder, package = Path(root.submodule_search_locations[0]) / "utils" / "kernel", types.ModuleType("verl_kernels")
-        package.__path__ = [str(folder)]
-        sys.modules["verl_kernels"] = package
-    from verl_kernels.linear_cross_entropy import linear_cross_entropy
-    return linear_cross_entropy(case.hidden, case.weight, case.targets, case.temperature, "none")[0]
-
-
-def bare(products: str) -> Callable[[Case], None]:
-    """cuBLAS: f logits, x and w the two gradient products, from logits of random bf16."""
-    def run(case: Case) -> None:
-        x, W, E = case.hidden.detach(), case.weight.detach(), None
-        for product in products:
-            if product == "f":
-                E = x @ W.T
-            else:
-                torch.mm(E, W) if product == "x" else torch.mm(E.T, x)
-    return run
-
-
-def ours_a(case: Case) -> Tensor:
-    return logprob.linear_logprob(case.hidden, case.weight, case.targets, case.temperature)[0]
-
-
-def ours_b(case: Case, chunk: int = 8192, frozen: bool = False) -> Tensor:
-    weight = case.weight.detach() if frozen else case.weight
-    return logprob.linear_policy_loss(case.hidden, weight, case.targets, case.temperature, case.loss, chunk)[0]
-
-
-def ours_from_logits(case: Case) -> Tensor:
-    return logprob.logprob_from_logits(case.hidden @ case.weight.T, case.targets, case.temperature)
-
-
 @dataclass
 class Row:
     """An implementation: log-probs, a step of the same GRPO loss (`own` where it is another loss or has no gradients of both), or both."""
@@ -181,24 +68,24 @@ class Row:
 
     def forward(self, case: Case) -> Tensor | None:
         with torch.no_grad():
-            return bare(self.bare[0])(case) if self.bare else self.logp(case)
+            return peers.bare(self.bare[0])(case) if self.bare else self.logp(case)
 
     def step(self, case: Case) -> tuple[Tensor | None, ...] | None:
         if self.bare:
-            return bare(self.bare[1])(case)
+            return peers.bare(self.bare[1])(case)
         loss = self.loss(case) if self.loss else case.loss(self.logp(case))
         return torch.autograd.grad(loss, (case.hidden, case.weight), allow_unused=True)
 
 
 def rows() -> list[Row]:
-    compiled = torch.compile(from_logits, dynamic=False)
-    return [Row("ours A", ours_a), Row("ours B", loss=ours_b), Row("ours B, chunk 4096", loss=partial(ours_b, chunk=4096)),
-            Row("ours B, frozen head", loss=partial(ours_b, frozen=True)), Row("ours from logits", ours_from_logits),
-            Row("torch eager", eager), Row("torch.compile", lambda c: compiled(c.hidden, c.weight, c.targets, c.temperature)),
-            Row("torch chunked 1024", chunked),
-            Row("torch linear_cross_entropy", torch_linear_cross_entropy), Row("Liger scaled CE (SM90)", liger_scaled),
-            Row("Liger FLCE (sum only)", loss=liger_sft, comparable=False), Row("Liger chunked GRPO", loss=liger_grpo, comparable=False),
-            Row("Liger GRPO from logits", loss=liger_grpo_from_logits, comparable=False), Row("cut-cross-entropy", cut_cross_entropy), Row("verl", verl),
+    compiled = torch.compile(peers.from_logits, dynamic=False)
+    return [Row("ours A", peers.ours_a), Row("ours B", loss=peers.ours_b), Row("ours B, chunk 4096", loss=partial(peers.ours_b, chunk=4096)),
+            Row("ours B, frozen head", loss=partial(peers.ours_b, frozen=True)), Row("ours from logits", peers.ours_from_logits),
+            Row("torch eager", peers.eager), Row("torch.compile", lambda c: compiled(c.hidden, c.weight, c.targets, c.temperature)),
+            Row("torch chunked 1024", peers.chunked),
+            Row("torch linear_cross_entropy", peers.torch_linear_cross_entropy), Row("Liger scaled CE (SM90)", peers.liger_scaled),
+            Row("Liger FLCE (sum only)", loss=peers.liger_sft, comparable=False), Row("Liger chunked GRPO", loss=peers.liger_grpo, comparable=False),
+            Row("Liger GRPO from logits", loss=peers.liger_grpo_from_logits, comparable=False), Row("cut-cross-entropy", peers.cut_cross_entropy), Row("verl", peers.verl),
             Row("cuBLAS 1F / 3F", bare=("f", "fxw")), Row("cuBLAS 4F", bare=("f", "ffxw"))]
 
 
@@ -325,18 +212,18 @@ def measure(case: Case, implementations: list[Row], rounds: int) -> None:
 
 
 def tune(case: Case, rounds: int) -> None:
-    """Times the forward pass for other tile sizes than logprob._tiles' own; edit that function with what wins."""
-    original, results = logprob._tiles, []
+    """Times the forward pass for other tile sizes than kernels.tile_sizes' own; edit that function with what wins."""
+    original, results = kernels.tile_sizes, []
     for sizes in itertools.product((64, 128), (128, 256), (64, 128), (8, 16), (4, 8), (3, 4)):
         tiles = dict(zip(("BM", "BV", "BK", "GROUP", "num_warps", "num_stages"), sizes))
-        logprob._tiles = lambda t, accumulators=1, tiles=tiles: tiles
-        run = Row("", ours_a).forward
+        kernels.tile_sizes = lambda t, accumulators=1, tiles=tiles: tiles
+        run = Row("", peers.ours_a).forward
         try:
             run(case)
             results.append((milliseconds({"": run}, case, rounds)[""], tiles))
         except PEER_ERRORS as error:
             print(f"{tiles}: {type(error).__name__}")
-    logprob._tiles = original
+    kernels.tile_sizes = original
     for ms, tiles in sorted(results, key=lambda r: -r[0]):
         print(f"{ms:8.2f} ms {2 * case.hidden.numel() * len(case.weight) / ms / 1e9:5.0f} TFLOP/s  {tiles}")
 
@@ -357,6 +244,75 @@ def bench_logprob(args: argparse.Namespace) -> None:
             tune(case, args.rounds) if args.tune else measure(case, chosen, args.rounds)
 
 
+# ---- sampling
+
+def limit_seconds(job: Job, lengths: list[int]) -> float:
+    """What the hardware needs at least: each decoding step reads the weights and the used keys and values once, or multiplies, whichever is slower."""
+    device, size = job.model.device, next(job.model.parameters()).element_size()
+    copy, square = torch.empty(1 << 26, device=device), torch.randn(2048, 2048, device=device, dtype=job.model.dtype)
+
+    def best(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            run()
+            if copy.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+    bandwidth, rate = 2 * copy.nbytes / best(copy.clone), 2 * 2048**3 / best(lambda: square @ square)
+    config, parameters = job.model.config, sum(p.numel() for p in job.model.parameters())
+    kv = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim                       # bytes per token
+    starts, seconds = [len(p) for p in job.prompts for _ in range(job.group)], 0.0
+    for t in range(max(lengths)):
+        context = [start + t for start, length in zip(starts, lengths) if length > t]
+        seconds += max((parameters * size + kv * sum(context)) / bandwidth, 2 * parameters * len(context) / rate)
+    return seconds
+
+
+def make_job(name: str, rows: int, lengths: str, max_new: int) -> Job:
+    """Random weights, prompts of 16 to 64 tokens. "equal": nobody stops early; "spread": any of V / (max_new / 3) stop tokens ends a row, so lengths are geometric."""
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    hidden, layers, heads, kv_heads, inner, V = MODELS[name]
+    config = Qwen3Config(vocab_size=V, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=inner,
+                         max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32).eval()
+    stops = set(range(1, 1 + round(3 * V / max_new))) if lengths == "spread" else set()
+    prompts = [torch.randint(V // 2, V, (int(n),)).tolist() for n in torch.randint(16, 65, (rows // 8,))]
+    return Job(model, prompts, 8, max_new, stops, 0)
+
+
+def bench_rollout(args: argparse.Namespace) -> None:
+    gpu = torch.cuda.is_available()
+    print(torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}", f"{args.rounds} rounds, medians, taking turns", sep=", ")
+    for name, rows, max_new in itertools.product(args.model or (["1.5b", "7b"] if gpu else ["toy", "10m"]), args.rows or ([64, 256, 512] if gpu else [64]), [args.max_new_tokens or (2048 if gpu else 128)]):
+        for lengths in ("equal", "spread"):
+            job = make_job(name, rows, lengths, max_new)
+            runs = {"ours": peers.sample_ours, "HF generate": peers.sample_hf, "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"),
+                    "HF continuous batching": peers.sample_hf_continuous}
+            times, tokens, failed = {n: [] for n in runs}, {n: [] for n in runs}, {}
+            for n, run in list(itertools.chain.from_iterable([runs.items()] * (args.rounds + 1))):               # the first round warms up
+                if n in failed:
+                    continue
+                torch.manual_seed(len(times[n]))
+                started = time.perf_counter()
+                try:
+                    sampled = run(job)
+                except PEER_ERRORS as error:
+                    failed[n] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+                    continue
+                times[n].append(time.perf_counter() - started)
+                tokens[n].append(sum(sampled))
+            drawn = peers.sample_ours(job)
+            bound = sum(drawn) / limit_seconds(job, drawn)
+            print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths}; limit {bound:.0f} tokens/s\n| | tokens/s | of ours | of the limit |\n|---|---|---|---|")
+            rate = {n: statistics.median(c / s for c, s in zip(tokens[n][1:], times[n][1:])) for n in runs if n not in failed}
+            for n in runs:
+                print(f"| {n} | {rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f} |" if n in rate else f"| {n} | {failed[n]} | | |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -369,6 +325,12 @@ def main() -> None:
     command.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     command.add_argument("--tune", action="store_true", help="try tile sizes of the forward kernel instead")
     command.set_defaults(run=bench_logprob)
+    command = commands.add_parser("rollout", help="sampling, beside transformers' generate and continuous batching")
+    command.add_argument("--model", nargs="+", choices=MODELS)
+    command.add_argument("--rows", nargs="+", type=int)
+    command.add_argument("--max_new_tokens", type=int)
+    command.add_argument("--rounds", type=int, default=5)
+    command.set_defaults(run=bench_rollout)
     args = parser.parse_args()
     args.run(args)
 

@@ -5,11 +5,14 @@ A problem is one JSONL line
     {"id": "p1", "problem": "How many has Ann? ...", "answer": "4", "teachers": ["<one reasoning trace>", ...], "domain": "math"}
 
 where `teachers` holds the K reasoning traces of the teacher (none are needed for evaluation). A completion of a student is
-`<trace></think><final answer>`; the opening `<think>` may stand in the prompt (as DeepSeek-R1-Distill's template puts it) or in the completion.
+`<trace></think><final answer>`; the opening `<think>` may stand in the prompt (as DeepSeek-R1-Distill's template puts it) or in the completion (`opening`).
 
 Show what a model will read:    python data.py toy --model toy/student
+Convert a public data set:      python data.py convert gsm8k --input gsm8k_train.jsonl --out train.jsonl        (convert.py)
 Left out on purpose: dataset objects, collators, streaming. A list of Problems fits in memory at any size this method needs (3.2K in the paper).
 """
+import argparse
+import importlib
 import json
 import re
 import sys
@@ -185,6 +188,11 @@ def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None 
     return chat_ids(tokenizer, f"{problem.problem}\n\n{instruction}" if instruction else problem.problem)
 
 
+def opening(tokenizer: Tokenizer) -> str:
+    """What the prompt has already written of the assistant's turn: "<think>" or nothing. opening + completion is the whole turn."""
+    return "<think>" if tokenizer.decode(chat_ids(tokenizer, "?")).rstrip().endswith("<think>") else ""
+
+
 def split_completion(text: str) -> tuple[str, str | None]:
     """(trace, final): what stands before and after `</think>`; final is None where the thinking never ended (a truncated completion)."""
     trace, closed, final = re.sub(r"^\s*<think>", "", text, count=1).partition("</think>")
@@ -192,12 +200,26 @@ def split_completion(text: str) -> tuple[str, str | None]:
 
 
 def join_completion(trace: str, answer: str) -> str:
-    """The inverse: the text a teacher's trace is taught as by sft.py. The leading blank keeps the first word the token it is inside a text."""
-    return f" {trace.strip()}</think>\n\\boxed{{{answer}}}"
+    """The inverse: the text that a teacher's trace is taught as by sft.py."""
+    return f"{trace.strip()}</think>\n\\boxed{{{answer}}}"
+
+
+def show(argv: list[str]) -> None:
+    """Prints a file's first problem and its prompt, token by token, under a model's tokenizer."""
+    parser = argparse.ArgumentParser(prog="python data.py", description="`python data.py convert -h` converts public data sets; otherwise prints a first problem and its prompt's tokens.")
+    parser.add_argument("data", help="problems: JSONL, or a folder with train.jsonl")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name, for its tokenizer")
+    args = parser.parse_args(argv)
+    try:
+        first, tok = load_problems(args.data)[0], load_tokenizer(args.model)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    ids = problem_ids(tok, first)
+    print(f"{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
 
 
 if __name__ == "__main__":
-    source, model = sys.argv[1], sys.argv[sys.argv.index("--model") + 1]
-    first, tok = load_problems(source)[0], load_tokenizer(model)
-    ids = problem_ids(tok, first)
-    print(f"{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
+    if sys.argv[1:2] == ["convert"]:                      # as a command it needs the converters; as a module it needs none
+        importlib.import_module("convert").main(sys.argv[2:])
+    else:
+        show(sys.argv[1:])

@@ -3,7 +3,7 @@ r"""How good is a student? Samples, grades and scores its completions, and says 
     mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      structure: mean structure reward on problems with teacher traces
     interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N), p_i the figure of problem i: N problems are the clusters, not N*k samples
 
-    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 175 --gsrm toy/gsrm --truth toy:read
+    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 150 --gsrm toy/gsrm --judge toy/judge --truth toy:read
     python eval.py plot out/toy out/grpo                         # learning curves of several runs -> curve.png
 
 Every generation is stored. Grading is in grade.py (three-valued: right, wrong, None = could not be graded; None never becomes 0).
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
-from data import Problem, Tokenizer, chat_ids, load_model, load_problems, problem_ids, split_completion, stop_and_pad_ids, write_jsonl
+from data import Problem, Tokenizer, chat_ids, load_model, load_problems, opening, problem_ids, split_completion, stop_and_pad_ids, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
 from report import correlation, plot, print_table, summary
@@ -71,8 +71,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Proble
     k = k if temperature else 1
     rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate([problem_ids(tokenizer, p, instruction) for p in problems], k, max_new_tokens, temperature, top_p, seed)
     rows_of = [p for p in problems for _ in range(k)]
-    texts = [tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows_of))]
-    right, true = grade_all([t if "</think>" in t else "<think>" + t for t in texts], [p.answer for p in rows_of]), true_structure(truth, rows_of, texts)
+    texts = [opening(tokenizer) + tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows_of))]
+    right, true = grade_all(texts, [p.answer for p in rows_of]), true_structure(truth, rows_of, texts)
     taught = [n for n, p in enumerate(rows_of) if p.teachers] if gsrm else []
     scores = dict(zip(taught, gsrm([rows_of[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(rows_of[n].teachers) for n in taught]))) if taught else {}
     return [{"id": p.id, "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "length": int(rollout.lengths[n]),
@@ -81,10 +81,12 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Proble
              "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None} for n, p in enumerate(rows_of)]
 
 
-def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> None:
-    """train.py's evaluation: one greedy and eval_k sampled completions of each problem, kept in `path`."""
+def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> str:
+    """train.py's evaluation: one greedy and eval_k sampled completions of each problem, kept in `path`; the sampled ones' means in words."""
     rows = [row for t in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, t, 1.0, config.max_new_tokens, 0, config.instruction, gsrm, truth)]
     write_jsonl(path, rows)
+    means = summary([row for row in rows if row["temperature"]])
+    return ", ".join(f"{name} {means[name][0]:.2f}" for name in means if name.startswith("mean@") or name in ("structure", "true_structure", "length"))
 
 # ------------------------------------------------------------------------------------------------ commands
 

@@ -17,7 +17,7 @@ Every sum is float32, gradients are rounded to the inputs' dtype once, rows with
 maximum stay exact: a tile that would pass 2^64 times the anchor is summed again relative to its own maximum, and mode B, whose E would not fit
 (log-prob < -44 nats), stores p for such a row instead. fp16 has no room for E, so there mode B is mode A.
 
-The kernels run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients
+The kernels (kernels.py) run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients
 (bf16): forward 2 D or 12 V/256 bytes a row, the larger; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone:
 `pytest tests/test_logprob.py` checks all of it against float64, `python bench.py logprob` measures it beside others. Left out on purpose: masks
 (drop the rows), bias, softcap, entropy inside mode B, vocabulary sharding, double backward. Recomputation instead of logits is from cut cross-entropy
@@ -33,176 +33,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                            # macOS, Windows: the twins need none of it
-    triton = None
+import kernels
+from kernels import LIMIT, LN2, LOG2E, triton
 
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
-LIMIT = 64.0                # log2 units above the anchor: up to here 2^d sums in float32 and stores in bf16 with room to spare
 WORKSPACE = 1 << 28         # elements of dz that backward holds at once (0.5 GB in bf16)
 CPU_ELEMENTS = 1 << 20      # logits that a twin holds at once: about a CPU's cache
 COMPACT_BELOW = 0.75        # mode B: share of live rows under which moving them together costs less than multiplying the dead ones
 LossFn = Callable[[Tensor, slice], Tensor]
-kernel = triton.jit if triton else lambda function: function
-
-
-# ---- kernels. In them z, d and lse are in log2 units, because exp2 is the hardware's exponential
-
-@kernel
-def _place(pid, N, V, BM: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr):
-    """Tile order: GROUP row tiles in turn share one tile of the weight while it is in L2."""
-    n_rows, n_cols = tl.cdiv(N, BM), tl.cdiv(V, BV)
-    first = pid // (GROUP * n_cols) * GROUP
-    height = min(n_rows - first, GROUP)
-    return first + pid % (GROUP * n_cols) % height, pid % (GROUP * n_cols) // height
-
-
-@kernel
-def _tile(X, W, row, col, scale, D: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """X[row:row+BM] @ W[col:col+BV].T * scale in float32; descriptors read zeros past every edge."""
-    acc = tl.zeros((BM, BV), tl.float32)
-    for k in range(0, D, BK):
-        acc = tl.dot(X.load([row, k]), W.load([col, k]).T, acc, input_precision="ieee")
-    return acc * scale
-
-
-@kernel
-def _forward_kernel(X, W, Y, Anchor, Hit, Part, E, N, size, scale, D: tl.constexpr, V: tl.constexpr, LIMIT: tl.constexpr,
-                    BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """Part (3, tiles, N): per tile and row an offset, sum 2^(d - offset) and sum 2^(d - offset) d; Hit (N,): the target's d; E (N, V), if wanted: 2^d."""
-    m, v = _place(tl.program_id(0), N, V, BM, BV, GROUP)
-    rows, cols = m * BM + tl.arange(0, BM), v * BV + tl.arange(0, BV)
-    anchor = tl.load(Anchor + rows, rows < N, other=0.0)[:, None]
-    y = tl.load(Y + rows, rows < N, other=-1).to(tl.int32)
-    here, inside = (y >= v * BV) & (y < v * BV + BV), (cols < V)[None, :]
-    d = tl.where(inside, _tile(X, W, m * BM, v * BV, scale, D, BM, BV, BK) - anchor, -1e4)    # about log2(p_v / p_y); -1e4 weighs nothing
-    if tl.max(here.to(tl.int32), 0) > 0:                                           # one tile in five: z_y from the same sums as every z_v
-        tl.store(Hit + rows, tl.sum(tl.where(cols[None, :] == y[:, None], d, 0.0), 1), here)
-    e = tl.exp2(tl.minimum(d, LIMIT))
-    offset, total, first = tl.zeros((BM,), tl.float32), tl.sum(e, 1), tl.sum(e * d, 1)
-    if E is not None:
-        E.store([m * BM, v * BV], e.to(E.dtype))
-    if tl.log2(tl.max(total, 0)) >= LIMIT:                                         # hardly ever: made again rather than kept in registers
-        d = tl.where(inside, _tile(X, W, m * BM, v * BV, scale, D, BM, BV, BK) - anchor, -1e4)
-        offset = tl.where(tl.max(d, 1) > LIMIT, tl.max(d, 1), 0.0)
-        e = tl.exp2(d - offset[:, None])
-        total, first = tl.sum(e, 1), tl.sum(e * d, 1)
-    at = Part + v.to(tl.int64) * N + rows
-    tl.store(at, offset, rows < N)
-    tl.store(at + size, total, rows < N)
-    tl.store(at + 2 * size, first, rows < N)
-
-
-@kernel
-def _merge_kernel(Part, Lse, Mean, N, size, tiles: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    """Adds up Part (3, tiles, N) in a fixed order: Lse = log2 of the whole sum, Mean = third part / sum."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    top, total, first = tl.full((BN,), -1e30, tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-    for start in range(0, tiles, BT):
-        t = start + tl.arange(0, BT)
-        at, ok = Part + t[:, None].to(tl.int64) * N + n[None, :], (t < tiles)[:, None] & (n < N)[None, :]
-        offset = tl.load(at, ok, other=-1e30)
-        higher = tl.maximum(top, tl.max(offset, 0))
-        old, new = tl.exp2(top - higher), tl.exp2(offset - higher[None, :])
-        total = total * old + tl.sum(tl.load(at + size, ok, other=0.0) * new, 0)
-        first = first * old + tl.sum(tl.load(at + 2 * size, ok, other=0.0) * new, 0)
-        top = higher
-    tl.store(Lse + n, top + tl.log2(total), n < N)
-    tl.store(Mean + n, first / total, n < N)
-
-
-@kernel
-def _dlogits_kernel(X, W, Lse, A, G, DZ, N, start, width, scale, D: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """dz = p (A - G log2 p) for `width` columns from `start`; the target's entry is not right yet."""
-    m, v = _place(tl.program_id(0), N, width, BM, BV, GROUP)
-    rows = tl.minimum(m * BM + tl.arange(0, BM), N - 1)                            # rows past the last are clipped by the store
-    t = _tile(X, W, m * BM, start + v * BV, scale, D, BM, BV, BK) - tl.load(Lse + rows)[:, None]
-    dz = tl.load(A + rows)[:, None]
-    if G is not None:
-        dz = dz - t * tl.load(G + rows)[:, None]
-    DZ.store([m * BM, v * BV], (tl.exp2(t) * dz).to(DZ.dtype))
-
-
-@kernel
-def _kl_kernel(X, W, X2, W2, Part, Part2, N, size, scale, D: tl.constexpr, D2: tl.constexpr, V: tl.constexpr,
-               BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """For KL(first || second): Part (3, tiles, N) as above with the first model's maximum as offset and z - t in place of d; Part2 (2, tiles, N)."""
-    m, v = _place(tl.program_id(0), N, V, BM, BV, GROUP)
-    rows, inside = m * BM + tl.arange(0, BM), (v * BV + tl.arange(0, BV) < V)[None, :]
-    z = tl.where(inside, _tile(X, W, m * BM, v * BV, scale, D, BM, BV, BK), -1e30)
-    t = tl.where(inside, _tile(X2, W2, m * BM, v * BV, scale, D2, BM, BV, BK), -1e30)
-    top, top2 = tl.max(z, 1), tl.max(t, 1)
-    e, at = tl.exp2(z - top[:, None]), v.to(tl.int64) * N + rows
-    tl.store(Part + at, top, rows < N)
-    tl.store(Part + at + size, tl.sum(e, 1), rows < N)
-    tl.store(Part + at + 2 * size, tl.sum(e * (z - t), 1), rows < N)
-    tl.store(Part2 + at, top2, rows < N)
-    tl.store(Part2 + at + size, tl.sum(tl.exp2(t - top2[:, None]), 1), rows < N)
-
-
-@kernel
-def _kl_dlogits_kernel(X, W, X2, W2, Lse, Lse2, Kl, A, DZ, N, start, width, scale, D: tl.constexpr, D2: tl.constexpr, REVERSE: tl.constexpr,
-                       BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    m, v = _place(tl.program_id(0), N, width, BM, BV, GROUP)
-    rows = tl.minimum(m * BM + tl.arange(0, BM), N - 1)
-    lp = _tile(X, W, m * BM, start + v * BV, scale, D, BM, BV, BK) - tl.load(Lse + rows)[:, None]
-    lq = _tile(X2, W2, m * BM, start + v * BV, scale, D2, BM, BV, BK) - tl.load(Lse2 + rows)[:, None]
-    a, kl = tl.load(A + rows)[:, None], tl.load(Kl + rows)[:, None]
-    dz = a * tl.exp2(lp) * (lp - lq - kl) if REVERSE else a * (tl.exp2(lp) - tl.exp2(lq))
-    DZ.store([m * BM, v * BV], dz.to(DZ.dtype))
-
-
-@kernel
-def _logits_kernel(Z, Y, Lse, Logp, stride, scale, V: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program, one pass: every lane keeps its own maximum and sum, and they meet once at the end."""
-    n, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    target = tl.load(Z + n * stride + tl.load(Y + n)).to(tl.float32) * scale
-    top, total = tl.full((BLOCK,), 1.0, tl.float32) * target, tl.zeros((BLOCK,), tl.float32)
-    for v in range(0, V, BLOCK):
-        z = tl.load(Z + n * stride + v + k, v + k < V, other=float("-inf")).to(tl.float32) * scale
-        higher = tl.maximum(top, z)
-        total = total * tl.exp2(top - higher) + tl.exp2(z - higher)
-        top = higher
-    peak = tl.max(top, 0)
-    lse = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
-    tl.store(Lse + n, lse)
-    tl.store(Logp + n, (target - lse) / 1.4426950408889634)
-
-
-@kernel
-def _logits_backward_kernel(Z, Y, Lse, Logp, A, stride, scale, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Overwrites a block of a row of logits with A (1[v=y] - p), A = a/T; a row with A = 0 is not even read."""
-    n, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    a, at = tl.load(A + n), Z + n * stride + cols
-    p = tl.exp2(tl.load(at, cols < tl.where(a != 0, V, 0), other=float("-inf")).to(tl.float32) * scale - tl.load(Lse + n))
-    dz = tl.where(cols == tl.load(Y + n), a * (1 - tl.exp(tl.load(Logp + n))), -a * p)
-    tl.store(at, dz.to(Z.dtype.element_ty), cols < V)
-
-
-# ---- launches
-
-def _tiles(t: Tensor, accumulators: int = 1) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages: all the tuning there is."""
-    if t.device.type == "cpu":                                                     # Triton's interpreter
-        return {"BM": 16, "BV": 32, "BK": 16, "GROUP": 4}
-    if t.dtype == torch.float32:                                                   # exact products, no tensor cores
-        return {"BM": 64, "BV": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    if torch.cuda.get_device_capability(t.device)[0] in (9, 10):                   # H100, H200, B200
-        return {"BM": 128, "BV": 256 // accumulators, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-    return {"BM": 64, "BV": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
-def _launch(function, tiles: dict[str, int], width: int, operands: tuple[Tensor, ...], *args: Tensor | TensorDescriptor | float | None, **constants) -> None:
-    """One program per tile; operands (hidden, weight, ...) become descriptors of (BM, BK) and (BV, BK) blocks by turns."""
-    blocks = [TensorDescriptor.from_tensor(t, [tiles["BV" if i % 2 else "BM"], tiles["BK"]]) for i, t in enumerate(operands)]
-    function[(triton.cdiv(len(operands[0]), tiles["BM"]) * triton.cdiv(width, tiles["BV"]),)](*blocks, *args, **constants, **tiles)
-
-
-def _output(t: Tensor, tiles: dict[str, int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, [tiles["BM"], tiles["BV"]])
 
 
 def _workspace(rows: int, cols: int, like: Tensor) -> Tensor:
@@ -219,39 +56,38 @@ def _matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
 
 def _merge(part: Tensor) -> tuple[Tensor, Tensor]:
     (_, tiles, N), (lse, mean) = part.shape, part.new_empty(2, part.shape[2])
-    _merge_kernel[(triton.cdiv(N, 32),)](part, lse, mean, N, part[0].numel(), tiles=tiles, BT=64, BN=32)
+    kernels.merge_kernel[(triton.cdiv(N, 32),)](part, lse, mean, N, part[0].numel(), tiles=tiles, BT=64, BN=32)
     return lse, mean
 
 
 def _statistics(x: Tensor, weight: Tensor, targets: Tensor, T: float, E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp and entropy in nats, log2 S and the anchor in log2 units, all (N,); E (N, V), if given, receives 2^d, clamped at 2^LIMIT."""
-    (N, D), V, tiles = x.shape, len(weight), _tiles(x)
+    (N, D), V, tiles = x.shape, len(weight), kernels.tile_sizes(x)
     anchor = (torch.einsum("nd,nd->n", x, weight[targets]).float() * (LOG2E / T)).round()     # near will do; whole, so that its rounding does not show
     hit, part = torch.empty_like(anchor), anchor.new_empty(3, triton.cdiv(V, tiles["BV"]), N)
-    _launch(_forward_kernel, tiles, V, (x, weight), targets, anchor, hit, part, None if E is None else _output(E, tiles), N, part[0].numel(),
-            LOG2E / T, D=D, V=V, LIMIT=LIMIT)
+    kernels.launch(kernels.forward_kernel, tiles, V, (x, weight), targets, anchor, hit, part, None if E is None else kernels.output_blocks(E, tiles), N, part[0].numel(),
+                   LOG2E / T, D=D, V=V, LIMIT=LIMIT)
     lse, mean = _merge(part)
     return ((hit - lse) * LN2).clamp(max=0.0), (lse - mean) * LN2, lse, anchor
 
 
-def _logprob_dz(T: float, dz: Tensor, v: int, x: Tensor, weight: Tensor, grads: list[Tensor | None],
-                y: Tensor, logp: Tensor, entropy: Tensor, norm: Tensor) -> None:
+def _logprob_dz(T: float, dz: Tensor, v: int, x: Tensor, weight: Tensor, grads: list[Tensor | None], y: Tensor, logp: Tensor, entropy: Tensor, norm: Tensor) -> None:
     """dz / T of mode A for the columns from v; norm is log2 of the sum of 2^z."""
-    (N, width), tiles, (a, e) = dz.shape, _tiles(x), (g if g is None else g / T for g in grads)
+    (N, width), tiles, (a, e) = dz.shape, kernels.tile_sizes(x), (g if g is None else g / T for g in grads)
     a = torch.zeros_like(logp) if a is None else a
     A, G, at_target = -a, None, -a * torch.expm1(logp)                              # a (1 - p_y), with all its digits where p_y is near 1
     if e is not None:
         A, G, at_target = A - e * entropy, e * LN2, at_target - e * logp.exp() * (entropy + logp)
-    _launch(_dlogits_kernel, tiles, width, (x, weight), norm, A, G, _output(dz, tiles), N, v, width, LOG2E / T, D=x.shape[1])
+    kernels.launch(kernels.dlogits_kernel, tiles, width, (x, weight), norm, A, G, kernels.output_blocks(dz, tiles), N, v, width, LOG2E / T, D=x.shape[1])
     column = (y - v).clamp(0, width - 1)[:, None]
     dz.scatter_(1, column, torch.where((y - v)[:, None] == column, at_target[:, None].to(dz.dtype), dz.gather(1, column)))
 
 
 def _kl_dz(T: float, reverse: bool, W2: Tensor, dz: Tensor, v: int, x: Tensor, weight: Tensor, grads: list[Tensor],
            x2: Tensor, lse: Tensor, lse2: Tensor, kl: Tensor) -> None:
-    (N, width), tiles, a = dz.shape, _tiles(x, 2), grads[0] * ((LN2 if reverse else 1.0) / T)
-    _launch(_kl_dlogits_kernel, tiles, width, (x, weight, x2, W2), lse, lse2, kl, a, _output(dz, tiles), N, v, width, LOG2E / T,
-            D=x.shape[1], D2=x2.shape[1], REVERSE=reverse)
+    (N, width), tiles, a = dz.shape, kernels.tile_sizes(x, 2), grads[0] * ((LN2 if reverse else 1.0) / T)
+    kernels.launch(kernels.kl_dlogits_kernel, tiles, width, (x, weight, x2, W2), lse, lse2, kl, a, kernels.output_blocks(dz, tiles), N, v, width, LOG2E / T,
+                   D=x.shape[1], D2=x2.shape[1], REVERSE=reverse)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -303,7 +139,7 @@ class _LogprobFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, T: float) -> Tensor:
         lse, logp = logits.new_empty(2, len(logits), dtype=torch.float32)
-        _logits_kernel[(len(logits),)](logits, targets, lse, logp, logits.stride(0), LOG2E / T, V=logits.shape[1], BLOCK=4096, num_warps=8)
+        kernels.logits_kernel[(len(logits),)](logits, targets, lse, logp, logits.stride(0), LOG2E / T, V=logits.shape[1], BLOCK=4096, num_warps=8)
         ctx.save_for_backward(logits, targets, lse, logp)
         ctx.temperature = T
         return logp
@@ -313,7 +149,7 @@ class _LogprobFromLogits(torch.autograd.Function):
     def backward(ctx, a: Tensor):
         logits, targets, lse, logp = ctx.saved_tensors
         (N, V), T = logits.shape, ctx.temperature
-        _logits_backward_kernel[(N, triton.cdiv(V, 4096))](logits, targets, lse, logp, a / T, logits.stride(0), LOG2E / T, V=V, BLOCK=4096, num_warps=8)
+        kernels.logits_backward_kernel[(N, triton.cdiv(V, 4096))](logits, targets, lse, logp, a / T, logits.stride(0), LOG2E / T, V=V, BLOCK=4096, num_warps=8)
         torch.autograd.graph.increment_version(logits)                              # whoever still wants the logits gets torch's error, not our gradient
         return logits, None, None
 
@@ -329,8 +165,7 @@ def _evaluate(loss_fn: LossFn, logp: Tensor, rows: slice, wanted: bool) -> tuple
     return loss.detach(), a
 
 
-def _chunk_gradients(E: Tensor, x: Tensor, weight: Tensor, y: Tensor, T: float, stats: tuple[Tensor, ...], a: Tensor,
-                     dX: Tensor | None, dW: Tensor | None, only: bool) -> None:
+def _chunk_gradients(E: Tensor, x: Tensor, weight: Tensor, y: Tensor, T: float, stats: tuple[Tensor, ...], a: Tensor, dX: Tensor | None, dW: Tensor | None, only: bool) -> None:
     """The two matmuls of n rows, E overwritten: fills dX (n, D), fills (where this is the `only` chunk) or adds to dW (V, D)."""
     logp, _, lse, anchor = stats
     for far in ((lse > LIMIT) & (a != 0)).nonzero()[:, 0].split(256):               # does not fit relative to the anchor: p itself, as if S = 1
@@ -438,13 +273,12 @@ def linear_kl(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_we
         raise ValueError("direction is 'reverse' or 'forward', and both models must see the same rows and share a vocabulary")
     if not _fused(hidden):
         return linear_kl_reference(hidden, weight, teacher_hidden, teacher_weight, temperature, direction)
-    reverse, V, tiles = direction == "reverse", len(weight), _tiles(hidden, 2)
+    reverse, V, tiles = direction == "reverse", len(weight), kernels.tile_sizes(hidden, 2)
     student, teacher = (hidden.contiguous(), weight.contiguous()), (teacher_hidden.detach().contiguous(), teacher_weight.detach().contiguous())
     operands = student + teacher if reverse else teacher + student
     with torch.no_grad():
         part, part2 = hidden.new_empty(2, 3, triton.cdiv(V, tiles["BV"]), len(hidden), dtype=torch.float32)
-        _launch(_kl_kernel, tiles, V, operands, part, part2, len(hidden), part[0].numel(), LOG2E / temperature,
-                D=operands[0].shape[1], D2=operands[2].shape[1], V=V)
+        kernels.launch(kernels.kl_kernel, tiles, V, operands, part, part2, len(hidden), part[0].numel(), LOG2E / temperature, D=operands[0].shape[1], D2=operands[2].shape[1], V=V)
         (lse, mean), (lse2, _) = _merge(part), _merge(part2)
         kl = mean - lse + lse2                                                      # in log2 units
         norms = (lse, lse2) if reverse else (lse2, lse)                             # the student's first
@@ -480,8 +314,7 @@ def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, te
     return _by_rows(rows, len(weight), hidden, targets)
 
 
-def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn,
-                                 chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     x, W, losses, logps = hidden.detach().float() / temperature, weight.detach().float(), [], []
     dX, dW = (torch.zeros_like(t) if need else None for t, need in zip((x, W), needs, strict=True))
@@ -501,8 +334,7 @@ def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor
     return _Precomputed.apply(hidden, weight, torch.stack(losses).sum(), dX, dW), torch.cat(logps)
 
 
-def linear_kl_reference(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, temperature: float = 1.0,
-                        direction: str = "reverse") -> Tensor:
+def linear_kl_reference(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, temperature: float = 1.0, direction: str = "reverse") -> Tensor:
     weight, teacher_weight = weight.float(), teacher_weight.detach().float()
 
     def rows(x: Tensor, t: Tensor) -> tuple[Tensor]:

@@ -13,9 +13,11 @@ Left out on purpose: paged caches, servers, speculative decoding.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -77,10 +79,6 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :need, :] for room in self.room)
         return self.keys, self.values
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.room = None
-        super().batch_repeat_interleave(repeats)
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.room = tuple(room[indices] for room in self.room) if self.room else None
         if self.room:
@@ -92,8 +90,9 @@ class RoomyLayer(DynamicLayer):
 class Sampler:
     """Samples from any causal LM of transformers with a standard attention cache; ValueError for one with sliding windows or another kind of state."""
 
-    def __init__(self, model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_rows: int = 1024):
-        self.model, self.pad_id, self.max_rows = model, pad_id, max_rows
+    def __init__(self, model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_rows: int = 1024, max_tokens: int = 1 << 22):
+        """max_rows and max_tokens (rows * (longest prompt + max_new_tokens), what the cache may grow to) bound a wave; more rows run in several waves, with the same result."""
+        self.model, self.pad_id, self.max_rows, self.max_tokens = model, pad_id, max_rows, max_tokens
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
@@ -101,9 +100,10 @@ class Sampler:
                              "Mistral: sliding_window=None)")
 
     def generate(self, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
-                 index: list[int] | None = None) -> Rollout:
+                 index: list[int] | None = None, on_finish: Callable[[int, list[int]], None] | None = None) -> Rollout:
         """G completions of each prompt. `index` are the prompts' numbers in the random streams (default 0, 1, ...): a prompt keeps its
-        completions when it is sampled alone, in other company or on another rank. ValueError where a prompt is empty or does not fit."""
+        completions when it is sampled alone, in other company or on another rank. on_finish(row, token ids) hears of each completion as soon as it
+        ends, while others still decode. ValueError where a prompt is empty or does not fit."""
         index = list(range(len(prompts))) if index is None else index
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -115,10 +115,17 @@ class Sampler:
             raise ValueError(f"{temperature=} must be >= 0, {top_p=} in (0, 1], {group_size=} >= 1, {max_new_tokens=} >= 0")
         rows = [(i, prompts[i], np.random.default_rng([seed, index[i], g]).random(max_new_tokens, dtype=np.float32) * (1 - 2**-20))
                 for i in range(len(prompts)) for g in range(group_size)]                                     # u < 1 also after rounding
-        was_training, per_wave = self.model.training, max(group_size, self.max_rows // group_size * group_size)
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        was_training, per_wave = self.model.training, max(1, min(self.max_rows, self.max_tokens // max(longest, 1)))
         self.model.eval()
         try:
-            waves = [self._wave(rows[s:s + per_wave], group_size, max_new_tokens, temperature, top_p) for s in range(0, len(rows) or 1, per_wave)]
+            with tqdm(total=len(rows), unit="row", desc="sampling", delay=5, leave=False, disable=None) as bar:      # speaks up after 5 s, on a terminal
+                def ended(first: int, row: int, ids: torch.Tensor) -> None:
+                    bar.update()
+                    if on_finish:
+                        on_finish(first + row, ids.tolist())
+                waves = [self._wave(rows[s:s + per_wave], max_new_tokens, temperature, top_p, partial(ended, s))
+                         for s in range(0, len(rows) or 1, per_wave)]
         finally:
             self.model.train(was_training)
         width = max(w[0].shape[1] for w in waves)
@@ -128,8 +135,8 @@ class Sampler:
         return Rollout(tokens, lengths, logp, finished, entropy)
 
     @torch.inference_mode()
-    def _wave(self, rows: list, group: int, max_new: int, temperature: float, top_p: float) -> tuple[torch.Tensor, ...]:
-        """tokens, logp, entropy (N, T), lengths, finished (N,) of at most max_rows rows, decoded together."""
+    def _wave(self, rows: list, max_new: int, temperature: float, top_p: float, ended: Callable[[int, torch.Tensor], None]) -> tuple[torch.Tensor, ...]:
+        """tokens, logp, entropy (N, T), lengths, finished (N,) of rows (prompt number, prompt, uniform numbers), decoded together."""
         device, n = self.model.device, len(rows)
         tokens = torch.full((n, max_new), self.pad_id, device=device)
         logps, entropies = torch.zeros(2, n, max_new, device=device)
@@ -137,7 +144,7 @@ class Sampler:
         if max_new == 0 or n == 0:
             return tokens, logps, entropies, lengths, finished
         u = torch.from_numpy(np.stack([row[2] for row in rows])).to(device)
-        cache, logits, mask, position = self._prefill([row[1] for row in rows[::group]], group, max_new)
+        cache, logits, mask, position = self._prefill(rows, max_new)
         live = torch.arange(n, device=device)                                                               # row numbers still in the batch
         start, T = mask.shape[-1] - max_new, max_new
         for t in range(max_new):
@@ -148,6 +155,8 @@ class Sampler:
             stopped = torch.isin(token, self.stop_ids) & running
             if stopped.any():
                 lengths[live[stopped]], finished[live[stopped]] = t + 1, True
+                for row in live[stopped].tolist():
+                    ended(row, tokens[row, : t + 1])
                 keep = (~finished[live]).nonzero()[:, 0]
                 if len(keep) == 0:
                     T = t + 1
@@ -159,11 +168,15 @@ class Sampler:
                 out = self.model(input_ids=token[:, None], past_key_values=cache, use_cache=True, position_ids=position[:, None] + t,
                                  attention_mask=mask[..., : start + t + 1])
                 logits = out.logits[:, -1]
+        for row in (~finished).nonzero()[:, 0].tolist():                                                    # cut off by max_new
+            ended(row, tokens[row])
         return tokens[:, :T], logps[:, :T], entropies[:, :T], lengths, finished
 
-    def _prefill(self, prompts: list[list[int]], group: int, max_new: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """KV cache and next-token logits of left-padded prompts, each repeated `group` times; the attention mask of all decoding (N, [1, 1,] L + max_new)
-        and the position of the first new token (N,)."""
+    def _prefill(self, rows: list, max_new: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """KV cache and next-token logits of the rows' left-padded prompts, each prompt computed once; the attention mask of all decoding
+        (N, [1, 1,] L + max_new) and the position of the first new token (N,)."""
+        place = {number: k for k, number in enumerate(dict.fromkeys(number for number, *_ in rows))}
+        prompts, of_row = list({number: prompt for number, prompt, _ in rows}.values()), torch.tensor([place[number] for number, *_ in rows], device=self.model.device)
         device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -171,11 +184,11 @@ class Sampler:
         cache.layers = [RoomyLayer() for _ in cache.layers]
         out = self.model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True,
                          logits_to_keep=1)
-        cache.batch_repeat_interleave(group)
+        cache.batch_select_indices(of_row)
         mask = torch.cat((real.bool(), real.new_ones(len(prompts), max_new, dtype=torch.bool)), 1)
         if self.model.config._attn_implementation == "sdpa":             # a ready mask saves making one at every token; eager attention would add its booleans up
             mask = mask[:, None, None]
-        return cache, out.logits[:, -1].repeat_interleave(group, 0), mask.repeat_interleave(group, 0), real.sum(-1).repeat_interleave(group, 0)
+        return cache, out.logits[:, -1][of_row], mask[of_row], real.sum(-1)[of_row]
 
 
 def predictors(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +200,20 @@ def predictors(model: PreTrainedModel, prompts: list[list[int]], completions: li
     where = torch.tensor([[False] * (len(p) - 1) + [True] * len(c) + [False] * (width + 1 - len(p) - len(c)) for p, c in zip(prompts, completions)], device=device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                             # (N, width, D)
     return hidden[where], torch.tensor([token for c in completions for token in c], device=device)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """ValueError where the model's logits are not hidden @ weight.T, for then the trainer's log-probs (logprob.py) would silently not be the sampler's:
+    adapters on the head, a bias, a softcap, a logit scale."""
+    head, ids = model.get_output_embeddings(), torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) weight; "
+                         "merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
+    want, got = model(input_ids=ids, use_cache=False).logits.float(), (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
+    if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
+        raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
+                         "cannot be trained here")
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:

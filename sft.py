@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from data import Tokenizer, chat_ids, join_completion, load_model, load_problems, problem_ids, read_jsonl
+from data import Tokenizer, chat_ids, join_completion, load_model, load_problems, opening, problem_ids, read_jsonl
 from logprob import linear_logprob
-from rollout import micro_batches, predictors
+from rollout import check_head, micro_batches, predictors
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 
@@ -71,20 +71,25 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
     model.eval()
 
 
+def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pair:
+    """A prompt (ids, or the text of a user turn) and its answer, which ends with the end-of-turn token."""
+    return chat_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt, tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
+
+
 def load_pairs(config: Config, tokenizer: Tokenizer) -> list[Pair]:
     """Token pairs of a file of prompt/target lines, or of every teacher trace of every problem."""
-    end = [tokenizer.eos_token_id]
     if Path(config.data).is_file() and (rows := read_jsonl(config.data)) and isinstance(rows[0][1], dict) and "target" in rows[0][1]:
         for where, row in rows:
             if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str}:
                 raise ValueError(f"{where}: expected the two strings 'prompt' and 'target', got {str(row)[:80]}")
-        texts = [(chat_ids(tokenizer, row["prompt"]), row["target"]) for _, row in rows[:config.limit or None]]
+        texts = [(row["prompt"], row["target"]) for _, row in rows[:config.limit or None]]
     else:
         problems = load_problems(config.data)[:config.limit or None]
-        texts = [(problem_ids(tokenizer, p, config.instruction), join_completion(t, p.answer)) for p in problems for t in p.teachers]
+        start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
+        texts = [(problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer)) for p in problems for t in p.teachers]
     if not texts:
         raise ValueError(f"{config.data}: no problem has a teacher trace, so there is nothing to imitate")
-    return [(prompt, tokenizer.encode(target, add_special_tokens=False) + end) for prompt, target in texts]
+    return [token_pair(tokenizer, *text) for text in texts]
 
 
 def shuffled(pairs: list[Pair], batch_size: int, seed: int) -> Iterator[list[Pair]]:
@@ -99,6 +104,7 @@ def shuffled(pairs: list[Pair], batch_size: int, seed: int) -> Iterator[list[Pai
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
+    check_head(model)
     pairs = load_pairs(config, tokenizer)
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     print(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}")

@@ -1,4 +1,4 @@
-"""The embedded world: small problems whose multi-branch structure is known, their teacher, and the tiny student and GSRM that ship in toy/.
+"""The embedded world: small problems whose multi-branch structure is known, their teacher, and the tiny student, GSRM and judge that ship in toy/.
 
 People hold numbers. Each person's number is given, or is the sum (mod 10) of two others'. Facts stand in shuffled order, one person is asked for:
 
@@ -9,18 +9,18 @@ first is just as good: that is its second trace, a real branch. A step is one ho
 was found. The student (the "novice") knows the same facts in other words and wanders: with a probability drawn per trace it looks up somebody that
 nothing needs; its steps are few, and when they run out it guesses. Looking up and adding it knows; *choosing* is what RLKD has to teach it.
 
-    python toy.py                          # problems, tokenizer, student, GSRM -> toy/ (log in toy/make.log)
+    python toy.py                          # problems, tokenizer, student, GSRM, judge -> toy/ (log in toy/make.log)
     python toy.py problems --people 9 --needed 4 6 --count 256 --seed 1 --out dense.jsonl
 
-Sums are mod 10, so a guess is right one time in ten: that floor belongs in every table. `read` parses a trace by the world's grammar: the true
-structure, which only measures the learned GSRM and never trains a student.
+Sums are mod 10: a guess is right one time in ten. `read` parses a trace by the world's grammar: the true structure, which only measures GSRM.
 """
 import argparse
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,10 +29,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
-from sft import train_pairs
+from sft import token_pair, train_pairs
 
 MOD, FOLDER = 10, Path(__file__).parent / "toy"
-PEOPLE, NEEDED = 14, (9, 10)                            # the level of toy/train.jsonl: so hard that sampling the base finds next to no whole walk
+PEOPLE, NEEDED = 11, (7, 8)                             # the level of toy/train.jsonl: so long that sampling the base finds next to no whole walk
 NAMES = "Ann Bob Cid Dee Eli Fay Gus Hal Ivy Jim Kay Lou Max Ned".split()
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -116,14 +116,14 @@ def drill(rng: random.Random, world: World, budget: int) -> list[Hop]:
 # ------------------------------------------------------------------------------------------------ words
 
 FACTS = {"plain": ("{x} has {d}.", "How many has {x}?"), "other": ("{x} has {d};", "{x} has how many?")}
-VOICES = {   # per voice and kind of hop, its paraphrases; {d} is what a look finds ("Eli plus Fay" or "4"), {fa} {va} {fb} {vb} {v} the parts and numbers of a sum
+VOICES = {  # per voice and kind of hop, its paraphrases; {d} is what a look finds ("Eli plus Fay" or "4"), {fa} {va} {fb} {vb} {v} the parts and numbers of a sum
     "student": {"look": ("for {p}, {x} has {d}.", "{p} wants this: {x} has {d}.", "see {p}: {x} has {d}."),
                 "add": ("so {x}: {fa}, {fb}, {x} makes {v}.", "for {x} add {fa} and {fb}, {x} makes {v}.", "then {x} from {fa} and {fb}: {x} makes {v}.")},
-    "teacher": {"look": ("hmm, {p} depends on {x}, and {x} comes to {d}.", "knowing {x} helps {p}; it holds {d}.", "first {x}, because {p} rests on it: {d}."),
-                "add": ("now {x} must be {va} with {vb}, giving {v}.", "joining {va} with {vb}, {x} comes out as {v}.", "hence {x} equals {v}, from {va} with {vb}.")}}
+    "teacher": {"look": ("hmm, {p} depends on {x}, and {x} has {d}.", "because {p} rests upon {x}, recall: {x} has {d}.", "without {x} no {p}, yet {x} has {d}."),
+                "add": ("now {x} must be {va} with {vb}, hence {x} makes {v}.", "joining {va} with {vb} here, {x} makes {v}.", "{x} is {va} with {vb}, thus {x} makes {v}.")}}
 PAIR = {"student": "{a} plus {b}", "teacher": "{a} together with {b}"}
-META = {"look": "to know {p}", "add": "{x} is ready"}
-QUERY = {"look": "what has {x}", "add": "add up {x}"}
+META = {"look": "for {p}", "add": "then {x}"}
+QUERY = {"look": "{x} has what", "add": "{x} makes what"}
 
 
 def question(world: World, rng: random.Random, wording: str = "plain") -> str:
@@ -148,59 +148,45 @@ def say(rng: random.Random, world: World, hops: list[Hop], voice: str, slip: flo
     return sentences
 
 
+@cache
 def grammar() -> list[tuple[re.Pattern[str], str]]:
     """(pattern, kind) of every sentence of the world, both voices."""
     found = r"(?:(?P<v>\d)|(?P<a>\w+) (?:plus|together with) (?P<b>\w+))"
     part = r"\w+ (?:has|makes) \d"
     groups = dict(p=r"(?P<p>\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, fa=part, fb=part, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
     patterns = []
-    for kinds in VOICES.values():
-        for kind, templates in kinds.items():
-            for template in templates:
-                pieces = re.split(r"\{(\w+)\}", template)                                    # text, field, text, field, ... ; a field's second mention refers back
-                seen: set[str] = set()
-                body = "".join(re.escape(piece) if i % 2 == 0 else f"(?P={piece})" if piece in seen else (seen.add(piece) or groups[piece]) for i, piece in enumerate(pieces))
-                patterns.append((re.compile(body), kind))
+    for kind, template in [(kind, template) for kinds in VOICES.values() for kind, templates in kinds.items() for template in templates]:
+        pieces = re.split(r"\{(\w+)\}", template)                                              # text, field, text, field, ... ; a field's second mention refers back
+        body = "".join(re.escape(piece) if i % 2 == 0 else f"(?P={piece})" if piece in pieces[1:i:2] else groups[piece] for i, piece in enumerate(pieces))
+        patterns.append((re.compile(body), kind))
     return patterns
-
-
-GRAMMAR = grammar()
 
 
 def read(trace: str) -> list[Step]:
     """The true structure of a trace in either voice: the steps of its well-formed sentences, in order; anything else is passed over."""
     steps = []
     for sentence in re.findall(r"[^.]*\.", trace):
-        for pattern, kind in GRAMMAR:
-            if match := pattern.fullmatch(sentence.strip()):
-                g = match.groupdict()
-                found = f"{g['a']} plus {g['b']}" if g.get("a") else g["v"]
-                steps.append(Step(META[kind].format(p=g.get("p"), x=g["x"]), QUERY[kind].format(x=g["x"]), found))
-                break
+        for g, kind in [(match.groupdict(), kind) for pattern, kind in grammar() if (match := pattern.fullmatch(sentence.strip()))][:1]:
+            found = f"{g['a']} plus {g['b']}" if g.get("a") else g["v"]
+            steps.append(Step(META[kind].format(p=g.get("p"), x=g["x"]), QUERY[kind].format(x=g["x"]), found))
     return steps
 
 
-def make_problem(rng: random.Random, name: str, people: int, needed: tuple[int, int], wording: str = "plain") -> Problem:
-    """A Problem with the teacher's two traces (one where both orders give the same walk)."""
-    world = make_world(rng, people, needed)
-    walks = list(dict.fromkeys(tuple(plan(world.parts, world.target, swap)) for swap in (False, True)))
-    text = question(world, rng, wording)
-    return Problem(name, text, str(world.values[world.target]), tuple(" ".join(say(rng, world, list(w), "teacher")) for w in walks), "toy")
-
-
 def make_problems(seed: int, count: int, people: int, needed: tuple[int, int], wording: str = "plain") -> list[Problem]:
-    """`count` different problems of one level."""
+    """`count` different problems of one level, each with the teacher's two traces (one where both orders give the same walk)."""
     rng, problems = random.Random(seed), {}
     while len(problems) < count:
-        p = make_problem(rng, f"{people}-{needed[0]}{needed[1]}-{seed}-{len(problems)}", people, needed, wording)
-        problems.setdefault(p.problem, p)
+        world = make_world(rng, people, needed)
+        walks, text = dict.fromkeys(tuple(plan(world.parts, world.target, swap)) for swap in (False, True)), question(world, rng, wording)
+        traces = tuple("\n".join(say(rng, world, list(walk), "teacher")) for walk in walks)
+        problems.setdefault(text, Problem(f"{people}-{needed[0]}{needed[1]}-{seed}-{len(problems)}", text, str(world.values[world.target]), traces, "toy"))
     return list(problems.values())
 
 # ------------------------------------------------------------------------------------------------ tokenizer and training examples
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PATTERN = r" ?[A-Z][a-z]+ (?:has|makes)(?= )|\n?\[(?:Meta-reasoning|Sub-problem|Answer) \d+\]:|\[No steps\]|</?[a-z]+>|\n?\\boxed\{| ?[A-Za-z]+| ?\d|\n| ?[^\sA-Za-z\d]|\s"
+PATTERN = r" ?[A-Z][a-z]+ (?:has|makes)(?= )|\.\n|\n?\[(?:Meta-reasoning|Sub-problem|Answer) \d+\]:|\[No steps\]|</?[a-z]+>|\n?\\boxed\{| ?[A-Za-z]+| ?\d|\n| ?[^\sA-Za-z\d]|\s"
 
 
 def tokenizer(thinks: bool) -> TiktokenTokenizer:
@@ -210,50 +196,47 @@ def tokenizer(thinks: bool) -> TiktokenTokenizer:
     names = {f"{blank}{x} {verb}" for x in NAMES for verb in ("has", "makes") for blank in ("", " ")}       # one token: looking a person up is then plain induction
     words = {w for text in texts for w in re.findall("[A-Za-z]{2,}", re.sub(r"\{\w+\}", " ", text))} | set(NAMES) | set("0123456789")
     tags = [piece for piece in re.findall(PATTERN, format_steps([Step("a", "b", "c")] * 24)) if piece.strip().startswith("[")]
-    marks = re.findall(PATTERN, decompose_prompt("", "") + "<think></think>") + ["\n\\boxed{", "\\boxed{", "[No steps]"]
+    marks = re.findall(PATTERN, decompose_prompt("", "") + "<think></think>") + ["\n\\boxed{", "\\boxed{", "[No steps]", ".\n"]
     pieces = {m for m in marks if len(m) > 1 and not m.strip().isalpha()} | set(tags) | words | {" " + w for w in words}
     return TiktokenTokenizer(dict(name="nanorlkd-toy", pattern=PATTERN, words=sorted(p for p in pieces | names if len(p) > 1), special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                  eos="<|im_end|>", pad="<|endoftext|>", instruction="", chat_template=TEMPLATE.replace("assistant\n", "assistant\n<think>") if thinks else TEMPLATE))
+                                  eos="<|im_end|>", pad="<|endoftext|>", instruction="", chat_template=TEMPLATE.replace("assistant\n", "assistant\n<think>\n") if thinks else TEMPLATE))
 
 
 def sized(rng: random.Random, progress: float) -> World:
-    """A world for training: small ones first, because all sizes from the start learn several times slower; beyond 1 those of the hard level too."""
-    people = rng.choice((3, 4, 5) if progress < 0.1 else (4, 5, 6, 7, 9, 9, 9) if progress < 0.7 else (5, 7, 9, 9, 11, 11) if progress <= 1 else (9, 11, 14, 14))
-    return make_world(rng, people, (1, 6) if people < 9 else (4, 6) if people == 9 else (5, 8) if people < 14 else (7, 10))
+    """A world for training: small ones first, because all sizes from the start learn several times slower."""
+    people = rng.choice((3, 4, 5) if progress < 0.1 else (4, 5, 6, 7, 9, 9, 9) if progress < 0.7 else (5, 7, 9, 9, 11, 11, 11))
+    return make_world(rng, people, (1, 6) if people < 9 else (4, 6) if people == 9 else (5, 8))
 
 
-WANDER = (0.1, 0.2, 0.5, 0.7, 0.9, 0.9), (0.5, 0.7, 0.9)             # how often a novice wanders, drawn per trace: in pretraining, and in its bad habits
+WANDER, BUDGET = (0.1, 0.2, 0.5, 0.7, 0.9, 0.9), (9, 12, 15)         # a novice in pretraining: how often it wanders, after how many steps it guesses; drawn per trace
+HABITS = (0.6, 0.85), (7, 9)                                        # and in its bad habits: it wanders, and gives up before a long walk can end
 
 
-def student_text(rng: random.Random, progress: float, wander: tuple[float, ...]) -> tuple[str, str]:
+def student_text(rng: random.Random, progress: float, habits: bool = False) -> tuple[str, str]:
     """(question, completion) of pretraining: drills in the two skills in most of the first half, small worlds in the first 70 %, then everything."""
-    early = progress < 0.7
-    world = sized(rng, progress)
+    world = sized(rng, 1.0 if habits else progress)
     asked = question(world, rng)
-    if rng.random() < (0.6 if progress < 0.5 else 0.02):
-        return asked, " " + " ".join(say(rng, world, drill(rng, world, 12), "student"))
-    hops, answer = novice(rng, world, rng.choice(wander), 9 if early else rng.choice((9, 12, 15)))
-    return asked, join_completion(" ".join(say(rng, world, hops, "student")), str(answer))
+    if rng.random() < (0.0 if habits else 0.6 if progress < 0.5 else 0.02):
+        return asked, "\n".join(say(rng, world, drill(rng, world, 12), "student"))
+    wander, budget = HABITS if habits else (WANDER, BUDGET if progress >= 0.7 else BUDGET[:1])
+    hops, answer = novice(rng, world, rng.choice(wander), rng.choice(budget))
+    return asked, join_completion("\n".join(say(rng, world, hops, "student")), str(answer))
 
 
 def make_student(steps: int, seed: int, lr: float, habits: bool = False) -> None:
-    """Pretrains the base student on the novice's texts into toy/student. Then once more on its `habits`: good walks, of which pretraining needs some to
-    teach how long ones end, become so rare that sampling hardly finds one. That is the sparse regime."""
+    """Pretrains the base student on the novice's texts into toy/student; then once more on its `habits`: good walks, of which pretraining needs some to
+    teach how long ones end, become so rare that sampling does not find one. That is the sparse regime."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=True)
     model = load_model(FOLDER / "student")[0] if habits else Qwen3ForCausalLM(tiny_config(tok))
     log(f"student{', bad habits' if habits else ''}: {sum(p.numel() for p in model.parameters())} parameters, vocabulary {len(tok)}, {steps} steps of 64 texts, rate {lr}")
-    pairs = lambda progress: [text_pair(tok, *student_text(rng, progress, WANDER[habits])) for _ in range(64)]
-    batches = (pairs(1.0 if habits else step / steps) for step in range(steps))
-    held_out, started = make_problems(9999, 128, 11, (7, 8)), time.time()
+    batches = ([token_pair(tok, *student_text(rng, step / steps, habits)) for _ in range(64)] for step in range(steps))
+    held_out, started = make_problems(9999, 128, PEOPLE, NEEDED), time.time()
     for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
         if step % 500 == 499 or step == steps - 1:
             log(f"student step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  greedy {probe(model, tok, held_out, 0.0)}  sampled {probe(model, tok, held_out, 1.0)}")
-            save(model, tok, "student")
-
-
-def text_pair(tok: TiktokenTokenizer, asked: str, text: str) -> tuple[list[int], list[int]]:
-    return chat_ids(tok, asked), tok.encode(text) + [tok.eos_token_id]
+    model.save_pretrained(FOLDER / "student")
+    tok.save_pretrained(FOLDER / "student")
 
 
 def schedule(progress: float) -> float:
@@ -270,7 +253,7 @@ def tiny_config(tok: TiktokenTokenizer) -> Qwen3Config:
 
 def probe(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, problems: list[Problem], temperature: float) -> str:
     """Accuracy, and mean credit of following the teacher by the true structure, on held-out problems."""
-    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 170, temperature)
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 140, temperature)
     texts = [split_completion(tok.decode(rollout.completion(n), skip_special_tokens=True)) for n in range(len(problems))]
     same = lambda pairs: [float(t == s) for _, t, s in pairs]
     scores = structure_rewards([read(trace) for trace, _ in texts], [[read(t) for t in p.teachers] for p in problems], same)
@@ -278,60 +261,54 @@ def probe(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, problems: list[Proble
     return f"accuracy {right / len(problems):.2f} structure {sum(s.value for s in scores) / len(problems):.2f}"
 
 
-def save(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, name: str) -> None:
-    model.save_pretrained(FOLDER / name)
-    tok.save_pretrained(FOLDER / name)
-
-
 def spoil(rng: random.Random, sentences: list[str]) -> str:
     """A trace as students really write them: now and then a sentence repeated, a sentence garbled, the end cut off."""
     out = []
     for sentence in sentences:
         words = sentence.split()
-        if rng.random() < 0.05:
+        if rng.random() < 0.02:
             i = rng.randrange(len(words))
             words = rng.choice((words[:i] + words[i + 1:], words[:i] + [rng.choice(NAMES)] + words[i:], words[:i] + words[i + 1:i + 2] + words[i:i + 1] + words[i + 2:]))
         out += [" ".join(words)] * (2 if rng.random() < 0.03 else 1)
-    words = " ".join(out).split()
-    return " ".join(words[:rng.randrange(1, len(words) + 1)] if rng.random() < 0.15 else words)
+    words = re.findall(r"\s*\S+", "\n".join(out))
+    return "".join(words[:rng.randrange(1, len(words) + 1)] if rng.random() < 0.15 else words)
 
 
 def reading_text(rng: random.Random, progress: float) -> tuple[str, str]:
     """(prompt, target) for the decomposer: a trace in either voice, right or wrong or spoilt, and its true structure."""
-    world = sized(rng, progress)
-    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.4, 0.7, 0.9)), rng.choice((9, 12, 15) if progress <= 1 else (12, 15, 18)))
-    trace = spoil(rng, say(rng, world, hops, "teacher" if rng.random() < 0.3 else "student", rng.choice((0.0, 0.1))))
+    world = sized(rng, 3 * progress)
+    hops, _ = novice(rng, world, rng.choice((0.0, 0.1, 0.3, 0.7)), rng.choice((9, 12, 15)))
+    trace = spoil(rng, say(rng, world, hops, rng.choice(("teacher", "student")), rng.choice((0.0, 0.1))))
     return decompose_prompt(question(world, rng), trace), format_steps(read(trace))
 
 
-def judging_text(rng: random.Random) -> tuple[str, str]:
+def judging_text(rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
     """(prompt, target) for the judge: two fields of one kind, which mean the same if they hold the same words ("Ann plus Bob", "Bob plus Ann")."""
-    def text(kind: str, x: str, y: str) -> str:
-        hop = rng.choice(("look", "add"))
-        return {"meta": META[hop].format(p=x, x=x), "query": QUERY[hop].format(x=x), "answer": f"{x} plus {y}" if rng.random() < 0.8 else str(rng.randrange(MOD))}[kind]
-
-    kind, (x, y, z) = rng.choice(KINDS), rng.sample(NAMES, 3)
-    a = text(kind, x, y)
-    b = " plus ".join(reversed(a.split(" plus "))) if rng.random() < 0.5 else text(kind, rng.choice((x, z)), rng.choice((x, y, z)))
+    kind, hops, (x, y, z) = rng.choice((*KINDS, "answer")), rng.choices(("look", "add"), k=2), rng.sample(NAMES, 3)
+    if kind == "answer":
+        a, b = rng.choice((f"{x} plus {y}", f"{x} plus {y}", f"{x} plus {y}", str(rng.randrange(MOD)))), rng.choice((f"{y} plus {x}", f"{x} plus {z}", f"{z} plus {y}", f"{z} plus {x}"))
+        a, b = rng.choice(((a, b), (b, a), (f"{x} plus {y}", f"{y} plus {x}")))
+    else:
+        wordings, names = META if kind == "meta" else QUERY, rng.choice(((x, x), (x, z)))
+        a, b = (wordings[hop].format(p=name, x=name) for hop, name in zip(rng.choice((hops, hops[:1] * 2)), names))
     return judge_prompt(kind, a, b), "yes" if sorted(a.split()) == sorted(b.split()) else "no"
 
 
-def make_gsrm(steps: int, seed: int, start: str, lr: float, beyond: float = 1.0) -> None:
-    """Fine-tunes toy/<start> into toy/gsrm: it learns to write structures and to judge pairs."""
+def make_reader(name: str, start: str, example: Callable[[random.Random, float], tuple[str, str]], batch: int, steps: int, seed: int, lr: float) -> None:
+    """Fine-tunes toy/<start> into toy/<name> on `example`s: the decomposer, and the judge. One model for both learns to judge far more slowly."""
     torch.manual_seed(seed)
     rng, tok = random.Random(seed), tokenizer(thinks=False)
     model, _ = load_model(FOLDER / start)
-    log(f"gsrm: from toy/{start}, {steps} steps of 40 traces to read and 60 pairs to judge, rate {lr}")
-    texts = lambda rng, progress, count: [reading_text(rng, progress) for _ in range(2 * count)] + [judging_text(rng) for _ in range(3 * count)]
-    batches = ([text_pair(tok, *text) for text in texts(rng, beyond if start == "gsrm" else step / steps, 20)] for step in range(steps))
-    held_out, started = texts(random.Random(9999), beyond, 80), time.time()
+    log(f"{name}: from toy/{start}, {steps} steps of {batch} texts, rate {lr}")
+    batches = ([token_pair(tok, *example(rng, step / steps)) for _ in range(batch)] for step in range(steps))
+    held_out, started = [example(random.Random(9999 + i), 1.0) for i in range(200)], time.time()
     for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
-        if step % 200 == 199 or step == steps - 1:
-            reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 280)
-            written = reader.generate([prompt for prompt, _ in held_out])
-            right = {task: [w == t for w, (p, t) in zip(written, held_out) if (t in ("yes", "no")) == (task == "judged")] for task in ("read", "judged")}
-            log(f"gsrm step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  " + "  ".join(f"{task} exactly right {sum(r) / len(r):.3f}" for task, r in right.items()))
-            save(model, tok, "gsrm")
+        if step % 250 == 249 or step == steps - 1:
+            reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 200)
+            right = [written == target for written, (_, target) in zip(reader.generate([prompt for prompt, _ in held_out]), held_out)]
+            log(f"{name} step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  exactly right {sum(right) / len(right):.3f}")
+    model.save_pretrained(FOLDER / name)
+    tok.save_pretrained(FOLDER / name)
 
 
 def log(line: str) -> None:
@@ -342,7 +319,7 @@ def log(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Without a command: problems, student and GSRM into toy/.")
+    parser = argparse.ArgumentParser(description="Without a command: problems, student, GSRM and judge into toy/.")
     more = parser.add_subparsers(dest="command").add_parser("problems", help="problems of another level, as JSONL")
     for name, default in (("people", PEOPLE), ("count", 256), ("seed", 1)):
         more.add_argument(f"--{name}", type=int, default=default)
@@ -358,13 +335,15 @@ def main() -> None:
         return
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "make.log").unlink(missing_ok=True)
+    started = time.time()
+    log(f"python toy.py with torch {torch.__version__}, {torch.get_num_threads()} threads")
     for seed, split in ((1, "train"), (2, "test")):
         write_jsonl(FOLDER / f"{split}.jsonl", [asdict(p) for p in make_problems(seed, 256, PEOPLE, NEEDED)])
-    make_student(4500, 1, 4e-3)
-    make_gsrm(1200, 1, "student", 4e-3)
-    make_gsrm(1300, 2, "gsrm", 2e-3)                     # all sizes from its first step
-    make_gsrm(1000, 3, "gsrm", 2e-3, beyond=2.0)         # and those of the hard level
-    make_student(600, 2, 1e-3, habits=True)
+    make_student(4000, 1, 4e-3)
+    make_reader("gsrm", "student", reading_text, 40, 3000, 2, 4e-3)
+    make_reader("judge", "gsrm", judging_text, 200, 1000, 3, 2e-3)
+    make_student(300, 4, 1e-3, habits=True)
+    log(f"all made in {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
              advantage = reward against the others of its group                               grpo.py
              one step up the clipped policy gradient, held near the start by beta * KL        grpo.py, logprob.py
 
-    python train.py                                              # the toy: 5 minutes on two CPU cores
+    python train.py                                              # the toy: 3 minutes on two CPU cores
     python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, outcome only
     torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
@@ -30,11 +30,11 @@ from transformers import HfArgumentParser, PreTrainedModel
 import eval as evaluation
 import report
 from checkpoint import load_optimizer, save_checkpoint, start_folder
-from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, problem_ids, split_completion, stop_and_pad_ids
+from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, opening, problem_ids, split_completion, stop_and_pad_ids
 from grpo import combine_advantages, denominator, grpo_loss, scored_rows
 from gsrm import GSRM, Score
 from logprob import linear_logprob, linear_policy_loss
-from rollout import Rollout, Sampler, micro_batches, predictors
+from rollout import Rollout, Sampler, check_head, micro_batches, predictors
 
 
 def flag(default, text: str):
@@ -53,6 +53,7 @@ class Config:
     judge: str = flag("", "judge of step pairs: checkpoint folder; empty: the model of --gsrm")
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
+    limit: int = flag(0, "train on the first so many problems only (0: all)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
     w_structure: float = flag(1.0, "weight of the structure reward; 0 asks no GSRM (plain GRPO)")
     w_outcome: float = flag(1.0, "weight of the outcome reward, 1 for a right final answer")
@@ -90,8 +91,8 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "none": {},
-    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=200, problems_per_step=8, max_new_tokens=175,
-                gsrm_max_new_tokens=260, w_outcome=0.25, beta=0.005, lr=6e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
+    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", judge="toy/judge", truth="toy:read", out="out/toy", steps=200, problems_per_step=8, max_new_tokens=150,
+                gsrm_max_new_tokens=200, w_outcome=0.25, beta=0.01, lr=3e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
 }
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -145,14 +146,11 @@ def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm:
     """(rewards by name, each (N,) with None where unscored; the structure Scores) of N completions, row n belonging to problems[n]."""
     rewards: dict[str, list[float | None]] = {}
     scores: list[Score | None] = [None] * len(texts)
-    split = [split_completion(text) for text in texts]
     if config.w_structure:
         traces = [list(p.teachers[:config.max_teachers or None]) for p in problems]
-        scores = list(gsrm(problems, [trace for trace, _ in split], traces))
+        scores = list(gsrm(problems, [split_completion(text)[0] for text in texts], traces))
         rewards["structure"] = [s.value for s in scores]
-    closed = [n for n, (_, final) in enumerate(split) if final is not None]           # thinking that never ended gave no answer
-    graded = dict(zip(closed, evaluation.grade_all([texts[n] for n in closed], [problems[n].answer for n in closed])))
-    rewards["outcome"] = [None if (right := graded.get(n, False)) is None else float(right) for n in range(len(texts))]
+    rewards["outcome"] = [None if right is None else float(right) for right in evaluation.grade_all(texts, [p.answer for p in problems])]
     rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished)]
     return rewards, scores
 
@@ -260,7 +258,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """(training, evaluation) problems."""
-    problems = load_problems(config.data)
+    problems = load_problems(config.data)[:config.limit or None]
     if config.w_structure and (bare := [p.id for p in problems if not p.teachers]):
         raise ValueError(f"{config.data}: {len(bare)} problems have no teacher trace (first: {bare[0]}), so their structure cannot be rewarded: drop them, or use --w_structure 0")
     held_out = load_problems(config.eval_data or config.data, "test") if config.eval_data or (Path(config.data) / "test.jsonl").is_file() else []
@@ -276,7 +274,7 @@ def step_once(step: int, problems: list[Problem], model: PreTrainedModel, tokeni
     prompts = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
     rollout = sampler.generate([prompts[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     rows = [i for i in mine for _ in range(config.group_size)]
-    texts = [tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows))]
+    texts = [opening(tokenizer) + tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows))]
     clock.append(time.time())
     rewards, scores = score([chosen[i] for i in rows], texts, rollout.finished.tolist(), gsrm, config)
     true = evaluation.true_structure(truth, [chosen[i] for i in rows], texts)
@@ -309,6 +307,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     problems, held_out = load_data(config)
     model, tokenizer = load_model(start or config.model, config.device)
+    check_head(model)
     sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer))
     reference = load_model(config.model, config.device)[0].requires_grad_(False) if config.beta else None         # the start of the run, also after a resume
     gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize) if config.gsrm else None
@@ -319,7 +318,7 @@ def main(config: Config) -> None:
     say(f"{len(problems)} problems, student {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters" + (f", going on after step {first}" if first else ""), flush=True)
     if first == 0 and held_out:
         say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
-        measure("before")
+        say(f"before training: {measure('before')}", flush=True)
     for step in range(first, config.steps):
         metrics, table = step_once(step, problems, model, tokenizer, reference, optimizer, sampler, gsrm, truth, config)
         if rank() == 0:

@@ -23,6 +23,7 @@ from data import (
     load_model,
     load_problems,
     load_tokenizer,
+    opening,
     problem_ids,
     read_jsonl,
     split_completion,
@@ -197,6 +198,13 @@ def test_a_base_model_gets_the_plain_template(tmp_path: Path) -> None:
     ours = TiktokenTokenizer({**SPEC, "chat_template": None})
     assert ours.decode(chat_ids(ours, "a {{ b }} {% c")) == "User: a {{ b }} {% c\n\nAssistant: <think>\n"        # content is data, not a template
 
+
+@pytest.mark.parametrize("template, opened", [(CHAT, ""), (PREFILL, "<think>"), (CHAT.replace("assistant\n", "assistant\n<think>\n"), "<think>"), (None, "<think>")])
+def test_what_the_prompt_has_written_of_the_answer(tmp_path: Path, template: str | None, opened: str) -> None:
+    for tok in (TiktokenTokenizer({**SPEC, "chat_template": template}), huggingface(tmp_path, template)):
+        assert opening(tok) == opened
+        assert split_completion(opening(tok) + "a</think>4") == ("a", "4") and split_completion(opening(tok) + "a 4") == ("a 4", None)
+
 # ------------------------------------------------------------------------------------------------ models
 
 
@@ -258,12 +266,10 @@ def test_split_completion(text: str, parts: tuple[str, str | None]) -> None:
 def test_split_is_the_inverse_of_join(trace: str, answer: str) -> None:
     text = join_completion(trace, answer)
     assert split_completion(text) == split_completion("<think>" + text) == (trace.strip(), f"\\boxed{{{answer}}}")
-    assert text.startswith(" ")
 
 
 def test_join_completion_exactly() -> None:
-    assert join_completion("\n Ann has 4. ", "4") == " Ann has 4.</think>\n\\boxed{4}"
-    assert words().encode(join_completion("Ann has 4.", "4"))[:2] == [257, 258]                  # " Ann", as inside a text
+    assert join_completion("\n Ann has 4. ", "4") == "Ann has 4.</think>\n\\boxed{4}"
 
 
 def test_main_shows_what_a_model_will_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

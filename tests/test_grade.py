@@ -344,7 +344,7 @@ def golds(name: str) -> list[str]:
 def agreement(golds: list[str]) -> Counter[str]:
     """How many golds are graded right against themselves (alone, in prose behind thinking) and wrong against another problem's differing gold."""
     rng = random.Random(0)
-    other = [rng.choice([h for h in set(golds) if normalise(h) != normalise(g)]) for g in sorted(golds)]
+    other = [rng.choice([h for h in sorted(set(golds)) if normalise(h) != normalise(g)]) for g in sorted(golds)]
     counts: Counter[str] = Counter(rows=len(golds))
     for kind, texts, wanted in (("itself", [box(g) for g in sorted(golds)], True),
                                 ("prose", [f"<think>Is it \\boxed{{0}}? No.</think>\nHence {{so}} we get\n\\[\n\\boxed{{ {g} }}.\n\\] Done." for g in sorted(golds)], True),

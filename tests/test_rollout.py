@@ -7,11 +7,11 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from data import TiktokenTokenizer, chat_ids
 from logprob import linear_logprob
-from rollout import Rollout, Sampler, TextModel, draw, micro_batches, predictors
+from rollout import Rollout, Sampler, TextModel, check_head, draw, micro_batches, predictors
 
 VOCAB, EOS, PAD = 64, 2, 2                                           # pad == eos throughout, as in many a tokenizer
 KINDS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -457,3 +457,39 @@ def test_a_tokenizer_that_cannot_say_no_is_refused() -> None:
     tok = TiktokenTokenizer(dict(text_tokenizer().spec, words=["yes", "maybe"]))
     with pytest.raises(ValueError, match="no single token for yes or for no"):
         TextModel(text_model().sampler, partial(chat_ids, tok), tok.encode, tok.decode, 4)
+
+
+@pytest.mark.parametrize("bounds", [dict(max_rows=1), dict(max_rows=5), dict(max_tokens=90), dict(max_rows=4, max_tokens=1)])
+def test_waves_give_the_same_rows_and_each_is_handed_over_once_it_ends(bounds: dict) -> None:
+    """A wave may begin in the middle of a group; what on_finish hears is what the Rollout holds."""
+    whole, heard = Sampler(model(), STOPS, PAD).generate(PROMPTS, 3, 12, 1.0, seed=4), []
+    waves = Sampler(model(), STOPS, PAD, **bounds).generate(PROMPTS, 3, 12, 1.0, seed=4, on_finish=lambda row, ids: heard.append((row, ids)))
+    assert equal(whole, waves, 1e-5) and sorted(heard) == [(n, whole.completion(n)) for n in range(len(whole.lengths))]
+    assert not whole.finished.all() and whole.finished.any()
+
+
+def test_a_completion_is_handed_over_while_others_still_decode() -> None:
+    heard: list[int] = []
+    rollout = Sampler(model(), STOPS, PAD).generate(PROMPTS, 3, 12, 1.0, seed=4, on_finish=lambda row, ids: heard.append(len(ids)))
+    assert heard == sorted(rollout.lengths.tolist())
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_plain_head_is_taken_and_another_refused(kind: str) -> None:
+    check_head(model(kind))
+    biased = AutoModelForCausalLM.from_config(model(kind).config)
+    biased.lm_head = torch.nn.Linear(32, VOCAB)
+    with pytest.raises(ValueError, match="Linear with a bias"):
+        check_head(biased)
+    adapted = AutoModelForCausalLM.from_config(model(kind).config)
+    adapted.lm_head = torch.nn.Sequential(adapted.lm_head)                                       # like an adapter: a module around the weight
+    with pytest.raises(ValueError, match="merge"):
+        check_head(adapted)
+
+
+def test_a_head_that_scales_its_logits_is_refused() -> None:
+    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    for config in (GraniteConfig(**common, logits_scaling=3.0), CohereConfig(**common, logit_scale=0.0625)):
+        with pytest.raises(ValueError, match="softcap or a logit scale"):
+            check_head(AutoModelForCausalLM.from_config(config).eval())
+    check_head(AutoModelForCausalLM.from_config(GraniteConfig(**common, logits_scaling=1.0)).eval())

@@ -210,7 +210,9 @@ def test_pairs_of_teacher_traces(tmp_path: Path) -> None:
     path = file_of(tmp_path, problem, {**problem, "id": "b", "teachers": []}, {**problem, "id": "c", "teachers": ["three"]})
     pairs = load_pairs(config(path, instruction="Go."), TOKENIZER)
     assert [TOKENIZER.decode(p) for p, _ in pairs] == ["Ann\n\nGo.:"] * 3
-    assert [TOKENIZER.decode(t) for _, t in pairs] == [f" {trace}</think>\n\\boxed{{4}}<|im_end|>" for trace in ("one 1", "two 2", "three")]
+    assert [TOKENIZER.decode(t) for _, t in pairs] == [f"<think>\n{trace}</think>\n\\boxed{{4}}<|im_end|>" for trace in ("one 1", "two 2", "three")]
+    opened = TiktokenTokenizer({**TOKENIZER.spec, "chat_template": "{{ messages[0].content }}:<think>\n{{ '' }}"})              # the prompt has written it already
+    assert [opened.decode(t) for _, t in load_pairs(config(path), opened)][0] == "one 1</think>\n\\boxed{4}<|im_end|>"
     assert all(t[-1] == EOS and t.count(EOS) == 1 for _, t in pairs)
     assert len(load_pairs(config(path, limit=1), TOKENIZER)) == 2    # one problem, two traces
     first = sft.load_problems(path)[0]

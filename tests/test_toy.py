@@ -1,4 +1,5 @@
 """The embedded world: its arithmetic, its grammar read back, its tokenizer, and the shipped checkpoints against the known truth."""
+import itertools
 import random
 from pathlib import Path
 
@@ -45,14 +46,14 @@ def test_the_teachers_walk_never_uses_what_it_has_not_found(second_first):
 def test_what_is_said_is_read_back(voice):
     for rng, w in worlds(200):
         hops, _ = toy.novice(rng, w, 0.6, 12)
-        true = [Step(f"to know {p}", f"what has {x}", " plus ".join(w.parts[x]) or str(w.values[x])) if kind == "look" else
-                Step(f"{x} is ready", f"add up {x}", str(w.values[x])) for kind, p, x in hops]
-        assert toy.read(" ".join(toy.say(rng, w, hops, voice))) == true
+        true = [Step(f"for {p}", f"{x} has what", " plus ".join(w.parts[x]) or str(w.values[x])) if kind == "look" else
+                Step(f"then {x}", f"{x} makes what", str(w.values[x])) for kind, p, x in hops]
+        assert toy.read("\n".join(toy.say(rng, w, hops, voice))) == true
 
 
 def test_reading_passes_over_what_is_no_sentence():
     assert toy.read("") == toy.read("for Ann, Gus has. Ann has Gus plus. plus plus.") == []
-    assert toy.read("for Ann, Gus has Eli plus Fay. for Ann, Gus") == [Step("to know Ann", "what has Gus", "Eli plus Fay")]
+    assert toy.read("for Ann, Gus has Eli plus Fay. for Ann, Gus") == [Step("for Ann", "Gus has what", "Eli plus Fay")]
     assert toy.read("so Ann: Cid has 1, Dee makes 2, Bob makes 3.") == []                            # the two mentions must agree
 
 
@@ -78,7 +79,7 @@ def test_two_teacher_traces_are_two_branches_of_one_problem():
 def test_words_of_the_world_are_single_tokens_and_any_text_survives():
     tok = toy.tokenizer(thinks=True)
     for rng, w in worlds(50, people=11, needed=(7, 8)):
-        text = toy.question(w, rng) + " " + " ".join(toy.say(rng, w, toy.plan(w.parts, w.target), rng.choice(["student", "teacher"])))
+        text = toy.question(w, rng) + "\n" + "\n".join(toy.say(rng, w, toy.plan(w.parts, w.target), rng.choice(["student", "teacher"])))
         ids = tok.encode(text)
         assert tok.decode(ids) == text and not [tok.decode([i]) for i in ids if i < 256 and chr(i).isalpha()]
     for text in ("naïve 日本語 \x00 <|im_end|>", "[Answer 3]: x", ""):
@@ -108,31 +109,45 @@ def test_shipped_folder_is_small_and_its_problems_are_those_of_the_code():
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 6e6
     assert load_problems("toy") == toy.make_problems(1, 256, toy.PEOPLE, toy.NEEDED) and load_problems("toy", "test") == toy.make_problems(2, 256, toy.PEOPLE, toy.NEEDED)
     assert not {p.problem for p in load_problems("toy")} & {p.problem for p in load_problems("toy", "test")}
-    assert load_tokenizer("toy/student").spec == toy.tokenizer(thinks=True).spec and load_tokenizer("toy/gsrm").spec == toy.tokenizer(thinks=False).spec
+    assert load_tokenizer("toy/student").spec == toy.tokenizer(thinks=True).spec and load_tokenizer("toy/gsrm").spec == load_tokenizer("toy/judge").spec == toy.tokenizer(thinks=False).spec
 
 
-def test_shipped_gsrm_reads_teacher_and_student_as_they_are():
-    gsrm = load_gsrm("toy/gsrm", "", None, "cpu", 260)
-    problems = load_problems("toy", "test")[:24]
+@pytest.fixture(scope="module")
+def samples():
+    """(problems, texts): two sampled completions of 48 held-out problems by the shipped student."""
     model, tok = load_model("toy/student")
-    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 175, 1.0, seed=5)
-    for traces in ([p.teachers[0] for p in problems], [split_completion(tok.decode(rollout.completion(n)))[0] for n in range(len(problems))]):
+    problems = [p for p in load_problems("toy", "test")[:48] for _ in range(2)]
+    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 150, 1.0, seed=5)
+    return problems, [tok.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(problems))]
+
+
+def test_shipped_gsrm_reads_teacher_and_student_as_they_are(samples):
+    gsrm = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200)
+    problems, texts = samples
+    for traces in ([p.teachers[n % len(p.teachers)] for n, p in enumerate(problems)], [split_completion(t)[0] for t in texts]):
         card = report_card(gsrm.decompose([p.problem for p in problems], traces), [toy.read(t) for t in traces])
-        assert card["f1"] > 0.8, card                                       # what the shipped one reaches at this level; see README, limits
+        assert card["f1"] > 0.97 and card["exact"] > 0.7, card                  # what it misses is mostly a last step written twice
+
+
+def test_shipped_reward_is_nearly_the_true_one(samples):
+    problems, texts = samples
+    learned = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200)([p.problem for p in problems], [split_completion(t)[0] for t in texts], [list(p.teachers) for p in problems])
+    pairs = torch.tensor([(score.value, true) for score, true in zip(learned, true_structure(toy.read, problems, texts))])
+    assert torch.corrcoef(pairs.T)[0, 1] > 0.95 and (pairs[:, 0] - pairs[:, 1]).abs().mean() < 0.02
 
 
 def test_shipped_judge_knows_same_from_different():
-    gsrm = load_gsrm("toy/gsrm", "", None, "cpu", 260)
-    same = gsrm.judge([("answer", "Ann plus Bob", "Bob plus Ann"), ("answer", "Lou plus Eli", "Eli plus Lou")])
-    other = gsrm.judge([("answer", "Ann plus Bob", "Ann plus Cid"), ("meta", "to know Ann", "to know Bob"), ("meta", "to know Ann", "Ann is ready"), ("query", "what has Fay", "add up Fay")])
-    assert min(same) > 0.5 > max(other)
+    judge = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200).judge
+    pairs = list(itertools.combinations(toy.NAMES, 2))
+    same = judge([("answer", f"{a} plus {b}", f"{b} plus {a}") for a, b in pairs])
+    other = judge([pair for a, b in pairs for pair in (("answer", f"{a} plus {b}", f"{next(c for c in toy.NAMES if c not in (a, b))} plus {a}"),
+                                                       ("meta", f"for {a}", f"for {b}"), ("meta", f"for {a}", f"then {a}"), ("query", f"{a} has what", f"{b} has what"),
+                                                       ("query", f"{a} has what", f"{a} makes what"))])
+    assert sum(p > 0.5 for p in same) > 0.95 * len(same) and sum(p < 0.5 for p in other) > 0.97 * len(other)
 
 
-def test_shipped_student_starts_at_the_guessing_floor():
-    model, tok = load_model("toy/student")
-    problems = load_problems("toy", "test")[:128]
-    rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 175, 1.0, seed=1)
-    texts = [tok.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(problems))]
-    assert sum(f"\\boxed{{{p.answer}}}" in t for t, p in zip(texts, problems)) / 128 < 0.25
+def test_shipped_student_starts_at_the_guessing_floor(samples):
+    problems, texts = samples
+    assert sum(f"\\boxed{{{p.answer}}}" in t for t, p in zip(texts, problems)) / len(texts) < 0.2
     true = true_structure(toy.read, problems, texts)
-    assert 0.0 < sum(true) / 128 < 0.3 and torch.tensor(true).unique().numel() > 3       # a mild share of good beginnings: something for RL to find
+    assert 0.02 < sum(true) / len(true) < 0.2 and torch.tensor(true).unique().numel() > 3       # a mild share of good beginnings: something for RL to find

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 from checkpoint import load_optimizer, save_checkpoint
 from data import load_model, problem_ids, stop_and_pad_ids, write_jsonl
 from gsrm import Score
-from rollout import Sampler
+from rollout import Rollout, Sampler
 from toy import make_problems
 
 ROOT = Path(train.__file__).parent
@@ -138,6 +140,37 @@ def test_spreadless_groups_move_nothing(data):
     same, adv, _ = one_step(data, lambda n: 0.5)
     start = torch.cat([p.detach().flatten() for p in load_model("toy/student")[0].parameters()])
     assert torch.equal(same, start) and not adv.any()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had that an operation returned."""
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.most = max([self.most] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        return out
+
+
+@pytest.mark.parametrize("frozen, tied", [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_training_step_never_holds_the_logits(data, level, frozen, tied):
+    """N * V = 24 million here; the largest tensor of update(), reference model and backward included, is a chunk of a million, or the head."""
+    torch.manual_seed(0)
+    V, N, T = 16_000, 24, 64
+    net = lambda: AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                                                               tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    model, reference = net(), net().requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    rollout = Rollout(torch.randint(V, (N, T)), torch.full((N,), T), torch.full((N, T), -9.7), torch.ones(N, dtype=torch.bool), torch.zeros(N, T))
+    cfg = replace(config(data, "unused"), beta=0.01, level=level)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with Largest() as seen:
+        train.update(model, reference, optimizer, [[1, 2, 3]] * N, rollout, torch.randn(N), torch.ones(N, dtype=torch.bool), cfg)
+    assert seen.most <= max(1 << 20, 16 * V) < N * T * V / 20
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
+    assert moved == [p.requires_grad for p in model.parameters()]                                       # a frozen head stays, everything else learns
 
 
 def test_an_outage_of_the_reward_model_is_no_reward_of_zero(data, tmp_path, monkeypatch):
