@@ -150,16 +150,15 @@ def say(rng: random.Random, world: World, hops: list[Hop], voice: str, slip: flo
 
 @cache
 def grammar() -> list[tuple[re.Pattern[str], str]]:
-    """(pattern, kind) of every sentence of the world, both voices."""
-    found = r"(?:(?P<v>\d)|(?P<a>\w+) (?:plus|together with) (?P<b>\w+))"
-    part = r"\w+ (?:has|makes) \d"
-    groups = dict(p=r"(?P<p>\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, fa=part, fb=part, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
-    patterns = []
-    for kind, template in [(kind, template) for kinds in VOICES.values() for kind, templates in kinds.items() for template in templates]:
+    """(pattern, kind) of every sentence of the world, both voices; a blend of paraphrases ("so Ann from ...") says the same and is taken too."""
+    part, found = r"\w+ (?:has|makes) \d", r"(?:(?P<v>\d)|(?P<a>\w+) (?:plus|together with) (?P<b>\w+))"
+    groups = dict(p=r"(?P<p>[A-Z]\w+)", x=r"(?P<x>[A-Z]\w+)", d=found, fa=part, fb=part, va=r"\d", vb=r"\d", v=r"(?P<v>\d)")
+    alike: dict[tuple, list[list[str]]] = {}                                                     # paraphrases with the same fields in the same order
+    for voice, kind, template in [(voice, kind, template) for voice, kinds in VOICES.items() for kind, templates in kinds.items() for template in templates]:
         pieces = re.split(r"\{(\w+)\}", template)                                              # text, field, text, field, ... ; a field's second mention refers back
-        body = "".join(re.escape(piece) if i % 2 == 0 else f"(?P={piece})" if piece in pieces[1:i:2] else groups[piece] for i, piece in enumerate(pieces))
-        patterns.append((re.compile(body), kind))
-    return patterns
+        alike.setdefault((voice, kind, *pieces[1::2]), []).append(pieces[::2])
+    return [(re.compile("".join(f"(?:{'|'.join(map(re.escape, texts))})" + ("" if i == len(fields) else f"(?P={fields[i]})" if fields[i] in fields[:i] else groups[fields[i]])
+                                for i, texts in enumerate(zip(*paraphrases)))), kind) for (_, kind, *fields), paraphrases in alike.items()]
 
 
 def read(trace: str) -> list[Step]:

@@ -91,7 +91,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "none": {},
-    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", judge="toy/judge", truth="toy:read", out="out/toy", steps=200, problems_per_step=8, max_new_tokens=150,
+    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", judge="toy/judge", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
                 gsrm_max_new_tokens=200, w_outcome=0.25, beta=0.01, lr=3e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
 }
 

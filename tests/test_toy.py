@@ -55,6 +55,8 @@ def test_reading_passes_over_what_is_no_sentence():
     assert toy.read("") == toy.read("for Ann, Gus has. Ann has Gus plus. plus plus.") == []
     assert toy.read("for Ann, Gus has Eli plus Fay. for Ann, Gus") == [Step("for Ann", "Gus has what", "Eli plus Fay")]
     assert toy.read("so Ann: Cid has 1, Dee makes 2, Bob makes 3.") == []                            # the two mentions must agree
+    assert toy.read("so Ann from Cid has 1 and Dee makes 2, Ann makes 3.") == [Step("then Ann", "Ann makes what", "3")]      # a blend of two paraphrases
+    assert toy.read("for Ann: Gus has 5.") == [Step("for Ann", "Gus has what", "5")] and toy.read("for Ann add Gus has 5.") == []
 
 
 def test_a_novice_that_never_wanders_walks_as_the_teacher():
