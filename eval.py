@@ -21,6 +21,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
 from data import Problem, Tokenizer, chat_ids, load_model, load_problems, opening, problem_ids, split_completion, stop_and_pad_ids, write_jsonl
+from endpoint import Endpoint
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
 from report import correlation, plot, print_table, summary
@@ -37,16 +38,21 @@ def load_function(name: str) -> Callable[[str], list[Step]]:
     return found
 
 
-def text_model(path: str, device: str, max_new_tokens: int) -> TextModel:
-    """A checkpoint as a function on texts."""
+def text_model(path: str, device: str, max_new_tokens: int) -> TextModel | Endpoint:
+    """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
+    if path.startswith(("http://", "https://")):
+        url, _, name = path.partition("#")
+        if not name:
+            raise ValueError(f"{path}: which model? write it behind a #, as in {url}#Qwen/Qwen2.5-7B-Instruct")
+        return Endpoint(url, name, max_new_tokens)
     model, tokenizer = load_model(path, device)
     return TextModel(Sampler(model, *stop_and_pad_ids(model, tokenizer)), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
                      partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
 
 
 def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True) -> GSRM:
-    """GSRM from a checkpoint folder (`judge`: another one for the judging), or from a rule module:function with equal words as its judge."""
-    if ":" in gsrm and not Path(gsrm).exists():
+    """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging), or from a rule module:function with equal words as its judge."""
+    if ":" in gsrm and not gsrm.startswith(("http://", "https://")) and not Path(gsrm).exists():
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
     reader = text_model(gsrm, device, max_new_tokens)
     weights = hashlib.sha256()                                                # a retrained model at the same path must not meet the old one's cache
@@ -135,13 +141,13 @@ def main(config: Config) -> None:
 def gsrm_main() -> None:
     """`python gsrm.py eval`: agreement of the reward model's reading with the true structures, on the teacher's traces and on a student's own samples."""
     if sys.argv[1:2] != ["eval"]:
-        sys.exit("usage: python gsrm.py eval --model STUDENT --gsrm PATH --data DATA --truth module:function [--k 4 --limit 64]")
+        sys.exit("usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE\n       python gsrm.py eval --model STUDENT --gsrm PATH --data DATA --truth module:function [--k 4 --limit 64]")
     try:
         config = HfArgumentParser(Config).parse_args_into_dataclasses(sys.argv[2:])[0]
         if not config.gsrm or not config.truth:
             raise ValueError("--gsrm and --truth are needed: the report compares what the one reads with what the other knows")
         rows, gsrm, truth = sample_rows(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     problems = load_problems(config.data, "test")[:config.limit or None]
     texts = {"teacher's traces": [(p.problem, t) for p in problems for t in p.teachers], "student's samples": [(r["problem"], split_completion(r["text"])[0]) for r in rows]}
@@ -158,5 +164,5 @@ if __name__ == "__main__":
             print("wrote curve.png")
         else:
             main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

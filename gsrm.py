@@ -14,6 +14,7 @@ Student text is untrusted: step tags, chat-template tokens and our delimiters in
 The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
     python gsrm.py eval --model toy/student --gsrm toy/gsrm --judge toy/judge --data toy --truth toy:read          # the reward model's own report card
+    python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl           # its training pairs, written by a larger model
 """
 import hashlib
 import json
@@ -316,4 +317,5 @@ def report_card(read: list[list[Step] | None], gold: list[list[Step]]) -> dict[s
 
 if __name__ == "__main__":                               # as a command it needs a model and a sampler; as a module it needs neither: the arrow stays one-way
     import importlib
-    importlib.import_module("eval").gsrm_main()
+    import sys
+    importlib.import_module("endpoint").annotate_main(sys.argv[2:]) if sys.argv[1:2] == ["annotate"] else importlib.import_module("eval").gsrm_main()

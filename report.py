@@ -59,10 +59,10 @@ def summary(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
         by_problem.setdefault(row["id"], []).append(row)
     groups = list(by_problem.values())
 
-    def interval(value: Callable[[dict], float | None]) -> tuple[float, float, float]:
+    def interval(value: Callable[[dict], float | None], most: float = 1.0) -> tuple[float, float, float]:
         known = [[v for r in g if (v := value(r)) is not None] for g in groups]
         mean, _, low, high = mean_interval(np.array([np.mean(vs) if vs else np.nan for vs in known]))
-        return mean, low, high
+        return mean, max(low, 0.0), min(high, most)                        # an interval ends where the measure does
 
     k = min(len(g) for g in groups)
     out = {f"mean@{k}": interval(lambda r: r["correct"])}
@@ -70,11 +70,11 @@ def summary(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
     for j in [2**i for i in range(1, k.bit_length())]:
         if graded:
             mean, _, low, high = mean_interval(np.array([pass_at_k(len(g), sum(r["correct"] for r in g), j) for g in graded]))
-            out[f"pass@{j}"] = mean, low, high
+            out[f"pass@{j}"] = mean, max(low, 0.0), min(high, 1.0)
     for name in ("structure", "true_structure"):
         if any(r[name] is not None for r in rows):
             out[name] = interval(lambda r, name=name: r[name])
-    out["length"], out["truncated"] = interval(lambda r: r["length"]), interval(lambda r: r["stop"] == "length")
+    out["length"], out["truncated"] = interval(lambda r: r["length"], math.inf), interval(lambda r: r["stop"] == "length")
     return out | {"ungraded": (sum(r["correct"] is None for r in rows),) * 3}
 
 
@@ -87,10 +87,10 @@ def correlation(rows: list[dict]) -> float:
 def print_table(columns: dict[str, dict[str, tuple[float, float, float]]]) -> None:
     """One row a metric, one column a model: mean and 95 % interval."""
     width = max(map(len, columns)) + 2
-    print(" " * 28 + "".join(f"{name:>{max(width, 24)}}" for name in columns))
+    print(" " * 28 + "".join(f"{name:>{max(width, 26)}}" for name in columns))
     for metric in dict.fromkeys(m for column in columns.values() for m in column):
         cells = [f"{c[metric][0]:.2f}" + (f"  [{c[metric][1]:.2f}, {c[metric][2]:.2f}]" if c[metric][1] != c[metric][2] else "") if metric in c else "-" for c in columns.values()]
-        print(f"{metric:<28}" + "".join(f"{cell:>{max(width, 24)}}" for cell in cells))
+        print(f"{metric:<28}" + "".join(f"{cell:>{max(width, 26)}}" for cell in cells))
 
 
 def show(row: dict) -> str:

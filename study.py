@@ -27,11 +27,13 @@ from report import correlation, summary
 
 REGIMES = {   # name -> (folder of problems, commands that make it, completion budget of RL, of evaluation: the teacher's voice, which SFT learns, is longer)
     "sparse": ("toy", [], 150, 200),
-    "dense": ("out/study/dense", [f"python toy.py problems --people 9 --needed 4 6 --count 256 --seed {seed} --out out/study/dense/{split}.jsonl" for seed, split in ((1, "train"), (2, "test"))], 150, 200),
+    "dense": ("out/study/dense",
+              [f"python toy.py problems --people 9 --needed 4 6 --count 256 --seed {seed} --out out/study/dense/{split}.jsonl" for seed, split in ((1, "train"), (2, "test"))], 150, 200),
 }
 TRAIN = "python train.py --data {data} --eval_problems 0 --save_every 0 --max_new_tokens {budget} --seed {seed} --out {out}"
 SFT = "python sft.py --model toy/student --data {data} --epochs 12 --lr 5e-4 --batch_size 32 --seed {seed} --out {out}/model"
-EVAL = "python eval.py --model {model} --data {data} --limit 64 --k 16 --temperature {temperature} --top_p 1 --max_new_tokens {room} --gsrm toy/gsrm --judge toy/judge --gsrm_max_new_tokens 300 --truth toy:read --seed {seed} --out {out}/eval_{temperature}.jsonl"
+EVAL = ("python eval.py --model {model} --data {data} --limit 64 --k 16 --temperature {temperature} --top_p 1 --max_new_tokens {room} "
+        "--gsrm toy/gsrm --judge toy/judge --gsrm_max_new_tokens 300 --truth toy:read --seed {seed} --out {out}/eval_{temperature}.jsonl")
 ARMS = {
     "base": [],
     "sft": [SFT],
@@ -91,15 +93,17 @@ def report(results: Path) -> str:
         text += [f"**{regime}**: mean over seeds and 95 % interval", "", "| | seeds | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
         for arm, found in of.items():
             if found:
-                text.append(f"| {arm} | {len(found)} | " + " | ".join(cell([row[m] for row in found], 0 if m == "length" else 2) for m in METRICS) + " |")
+                limits = {"length": (0, 0.0), "r": (2, -1.0, 1.0)}
+                text.append(f"| {arm} | {len(found)} | " + " | ".join(cell([row[m] for row in found], *limits.get(m, (2, 0.0, 1.0))) for m in METRICS) + " |")
         pairs = [(arm, [(a, b) for a in found for b in of["grpo"] if a["seed"] == b["seed"]]) for arm, found in of.items() if arm not in ("base", "grpo")]
         text += [""] + [f"{arm} - grpo, paired by seed: sampled accuracy {cell([a['sampled'] - b['sampled'] for a, b in both])}, true structure "
                         f"{cell([a['true_structure'] - b['true_structure'] for a, b in both])}" for arm, both in pairs if len(both) > 1] + [""]
     return "\n".join(text)
 
 
-def cell(values: list[float], digits: int = 2) -> str:
-    mean, _, low, high = mean_interval(np.array(values))
+def cell(values: list[float], digits: int = 2, least: float = -np.inf, most: float = np.inf) -> str:
+    """Mean and interval, which is cut at what the measure can be."""
+    mean, _, low, high = np.clip(mean_interval(np.array(values)), least, most)
     return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) and low < high else "")
 
 

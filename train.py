@@ -49,8 +49,8 @@ class Config:
     model: str = flag("", "student: checkpoint folder or hub name")
     data: str = flag("", "problems with teacher traces: JSONL, or a folder with train.jsonl and test.jsonl")
     eval_data: str = flag("", "problems for the tables before and after; empty: test.jsonl of a --data folder, if there is one")
-    gsrm: str = flag("", "reward model: checkpoint folder, or module:function, a rule that reads a trace into steps")
-    judge: str = flag("", "judge of step pairs: checkpoint folder; empty: the model of --gsrm")
+    gsrm: str = flag("", "reward model: checkpoint folder, http://HOST:PORT/v1#MODEL, or module:function, a rule that reads a trace into steps")
+    judge: str = flag("", "judge of step pairs: checkpoint folder or http://HOST:PORT/v1#MODEL; empty: the model of --gsrm")
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
     limit: int = flag(0, "train on the first so many problems only (0: all)")
@@ -345,5 +345,5 @@ if __name__ == "__main__":
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         main(parse_config())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -24,8 +24,10 @@ def test_summary_treats_problems_as_clusters():
     rows = [row("a", True), row("a", True), row("a", False), row("a", True), row("b", False), row("b", False), row("b", False), row("b", False)]
     s = report.summary(rows)
     assert s["mean@4"][0] == pytest.approx((0.75 + 0) / 2)
-    half = 12.706 * (0.75 / math.sqrt(2)) / math.sqrt(2)                   # t(0.975, 1) * sd / sqrt(N)
-    assert s["mean@4"][2] - s["mean@4"][0] == pytest.approx(half, rel=1e-3)
+    assert s["mean@4"][1:] == (0.0, 1.0)                                   # two problems say next to nothing; cut at what a share can be
+    lengths = report.summary([row(name, True, length=n) for name, n in (("a", 400), ("a", 420), ("b", 430), ("b", 440))])["length"]
+    half = 12.706 * (25 / math.sqrt(2)) / math.sqrt(2)                     # t(0.975, 1) * sd / sqrt(N)
+    assert lengths == pytest.approx((422.5, 422.5 - half, 422.5 + half), rel=1e-3)
     assert s["pass@2"][0] == pytest.approx((1 - 0 / 6) / 2) and s["pass@4"][0] == 0.5
     assert s["truncated"][0] == 0 and s["length"][0] == 10 and s["ungraded"][0] == 0
 
@@ -46,7 +48,7 @@ def test_true_structure_is_the_structure_reward_of_the_true_steps():
     problems = load_problems("toy", "test")[:6]
     texts = [p.teachers[-1] + "</think>" for p in problems[:5]] + ["</think>"]
     assert evaluation.true_structure(toy.read, problems, texts) == [1.0] * 5 + [0.0] and evaluation.true_structure(None, problems, texts) == [None] * 6
-    cut = [t.split(". ")[0] + "." for t in texts[:5]]
+    cut = [t.split("\n")[0] for t in texts[:5]]
     want = [s.value for s in structure_rewards([toy.read(t) for t in cut], [[toy.read(t) for t in p.teachers] for p in problems[:5]], exact_judge)]
     assert evaluation.true_structure(toy.read, problems[:5], [c + "</think>" for c in cut]) == want and all(0 < v < 0.2 for v in want)
 
@@ -74,6 +76,15 @@ def test_a_wrong_function_name_says_so():
     for name in ("toy:nothing", "nowhere:read", "toy"):
         with pytest.raises(ValueError, match="module:function"):
             evaluation.load_function(name)
+
+
+def test_a_reward_model_behind_an_endpoint():
+    pytest.importorskip("openai", reason="openai is not installed")
+    with pytest.raises(ValueError, match="which model.*#"):
+        evaluation.load_gsrm("http://127.0.0.1:9/v1", "", None, "cpu")
+    gsrm = evaluation.load_gsrm("http://127.0.0.1:9/v1#m", "http://127.0.0.1:9/v1#j", None, "cpu")
+    gsrm.generate.__self__.retries = 0                                      # nobody listens on the discard port
+    assert [s.value for s in gsrm(["p"], ["a b c d"], [["a b c d"]])] == [None] and gsrm.generate.__self__.model == "m"
 
 
 def run(*command):
