@@ -3,7 +3,7 @@ r"""How good is a student? Samples, grades and scores its completions, and says 
     mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      structure: mean structure reward on problems with teacher traces
     interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N), p_i the figure of problem i: N problems are the clusters, not N*k samples
 
-    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 150 --gsrm toy/gsrm --judge toy/judge --truth toy:read
+    python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 150 --gsrm toy/gsrm --truth toy:read
     python eval.py plot out/toy out/grpo                         # learning curves of several runs -> curve.png
 
 Every generation is stored. Grading is in grade.py (three-valued: right, wrong, None = could not be graded; None never becomes 0).
@@ -11,6 +11,7 @@ Every generation is stored. Grading is in grade.py (three-valued: right, wrong, 
 import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,9 +52,12 @@ def text_model(path: str, device: str, max_new_tokens: int) -> TextModel | Endpo
 
 
 def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True) -> GSRM:
-    """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging), or from a rule module:function with equal words as its judge."""
+    """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
+    a rule module:function with equal words as its judge."""
     if ":" in gsrm and not gsrm.startswith(("http://", "https://")) and not Path(gsrm).exists():
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
+    if not judge and (note := Path(gsrm) / "gsrm.json").is_file():            # {"judge": folder}, seen from the GSRM's own
+        judge = str(Path(gsrm) / json.loads(note.read_text())["judge"])
     reader = text_model(gsrm, device, max_new_tokens)
     weights = hashlib.sha256()                                                # a retrained model at the same path must not meet the old one's cache
     for file in sorted(Path(gsrm).glob("*.safetensors")):

@@ -13,7 +13,7 @@ Student text is untrusted: step tags, chat-template tokens and our delimiters in
 
 The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
-    python gsrm.py eval --model toy/student --gsrm toy/gsrm --judge toy/judge --data toy --truth toy:read          # the reward model's own report card
+    python gsrm.py eval --model toy/student --gsrm toy/gsrm --data toy --truth toy:read          # the reward model's own report card
     python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl           # its training pairs, written by a larger model
 """
 import hashlib

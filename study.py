@@ -33,7 +33,7 @@ REGIMES = {   # name -> (folder of problems, commands that make it, completion b
 TRAIN = "python train.py --data {data} --eval_problems 0 --save_every 0 --max_new_tokens {budget} --seed {seed} --out {out}"
 SFT = "python sft.py --model toy/student --data {data} --epochs 12 --lr 5e-4 --batch_size 32 --seed {seed} --out {out}/model"
 EVAL = ("python eval.py --model {model} --data {data} --limit 64 --k 16 --temperature {temperature} --top_p 1 --max_new_tokens {room} "
-        "--gsrm toy/gsrm --judge toy/judge --gsrm_max_new_tokens 300 --truth toy:read --seed {seed} --out {out}/eval_{temperature}.jsonl")
+        "--gsrm toy/gsrm --gsrm_max_new_tokens 300 --truth toy:read --seed {seed} --out {out}/eval_{temperature}.jsonl")
 ARMS = {
     "base": [],
     "sft": [SFT],

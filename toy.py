@@ -341,6 +341,7 @@ def main() -> None:
     make_student(4000, 1, 4e-3)
     make_reader("gsrm", "student", reading_text, 40, 3000, 2, 4e-3)
     make_reader("judge", "gsrm", judging_text, 200, 1000, 3, 2e-3)
+    (FOLDER / "gsrm" / "gsrm.json").write_text('{"judge": "../judge"}\n')
     make_student(300, 4, 1e-3, habits=True)
     log(f"all made in {time.time() - started:.0f} s")
 

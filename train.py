@@ -50,7 +50,7 @@ class Config:
     data: str = flag("", "problems with teacher traces: JSONL, or a folder with train.jsonl and test.jsonl")
     eval_data: str = flag("", "problems for the tables before and after; empty: test.jsonl of a --data folder, if there is one")
     gsrm: str = flag("", "reward model: checkpoint folder, http://HOST:PORT/v1#MODEL, or module:function, a rule that reads a trace into steps")
-    judge: str = flag("", "judge of step pairs: checkpoint folder or http://HOST:PORT/v1#MODEL; empty: the model of --gsrm")
+    judge: str = flag("", "judge of step pairs: checkpoint folder or http://HOST:PORT/v1#MODEL; empty: what gsrm.json in the folder of --gsrm names, else the same model")
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
     limit: int = flag(0, "train on the first so many problems only (0: all)")
@@ -91,7 +91,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "none": {},
-    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", judge="toy/judge", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
+    "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
                 gsrm_max_new_tokens=200, w_outcome=0.25, beta=0.01, lr=3e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
 }
 

@@ -205,13 +205,14 @@ def test_p_yes_from_a_text(text: str, expected: float | None) -> None:
 
 
 def test_p_yes_over_http_is_exact(fake: Fake, make: Callable[..., Endpoint]) -> None:
-    top = {"a": {"yes": -0.2, " Yes": -2.0, "no": -3.0, "No": -4.0, "x": -1.0}, "b": {"No": -0.1, "Yes": -3.1}, "c": {"x": -0.1}}
-    fake.behave = lambda body: ok("hm", top=top[text_of(body)])
+    top = {"a": {"yes": -0.2, " Yes": -2.0, "no": -3.0, "No": -4.0, "x": -1.0}, "b": {"No": -0.1, "Yes": -3.1}, "c": {"x": -0.1}, "d": {"<eos>": -0.1, "no": -2.0, "yes": -3.0}}
+    fake.behave = lambda body: ok("" if text_of(body) == "d" else "hm", top=top[text_of(body)])
     e = make()
+    assert e.p_yes(["d"]) == [pytest.approx(1 / (1 + math.exp(1)), abs=1e-12)]         # log-probs count also where the text came out empty
     yes, no = math.exp(-0.2) + math.exp(-2), math.exp(-3) + math.exp(-4)
     assert e.p_yes(["a", "b", "c", "a"]) == [pytest.approx(yes / (yes + no), abs=1e-12), pytest.approx(1 / (1 + math.exp(3)), abs=1e-12), None, pytest.approx(yes / (yes + no), abs=1e-12)]
     assert all(body["logprobs"] is True and body["top_logprobs"] == 20 and body["temperature"] == 0 and body["max_tokens"] <= 8 for body in fake.bodies)
-    assert e.stats["unclear"] == 1 and e.stats["requests"] == 4 and not e.stats["no_logprobs"]
+    assert e.stats["unclear"] == 1 and e.stats["requests"] == 5 and not e.stats["no_logprobs"]
 
 
 def test_a_server_that_leaves_log_probs_out_is_read_by_its_text(fake: Fake, make: Callable[..., Endpoint], capsys: pytest.CaptureFixture) -> None:

@@ -124,7 +124,7 @@ def samples():
 
 
 def test_shipped_gsrm_reads_teacher_and_student_as_they_are(samples):
-    gsrm = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200)
+    gsrm = load_gsrm("toy/gsrm", "", None, "cpu", 200)
     problems, texts = samples
     for traces in ([p.teachers[n % len(p.teachers)] for n, p in enumerate(problems)], [split_completion(t)[0] for t in texts]):
         card = report_card(gsrm.decompose([p.problem for p in problems], traces), [toy.read(t) for t in traces])
@@ -133,13 +133,13 @@ def test_shipped_gsrm_reads_teacher_and_student_as_they_are(samples):
 
 def test_shipped_reward_is_nearly_the_true_one(samples):
     problems, texts = samples
-    learned = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200)([p.problem for p in problems], [split_completion(t)[0] for t in texts], [list(p.teachers) for p in problems])
+    learned = load_gsrm("toy/gsrm", "", None, "cpu", 200)([p.problem for p in problems], [split_completion(t)[0] for t in texts], [list(p.teachers) for p in problems])
     pairs = torch.tensor([(score.value, true) for score, true in zip(learned, true_structure(toy.read, problems, texts))])
     assert torch.corrcoef(pairs.T)[0, 1] > 0.95 and (pairs[:, 0] - pairs[:, 1]).abs().mean() < 0.02
 
 
 def test_shipped_judge_knows_same_from_different():
-    judge = load_gsrm("toy/gsrm", "toy/judge", None, "cpu", 200).judge
+    judge = load_gsrm("toy/gsrm", "", None, "cpu", 200).judge
     pairs = list(itertools.combinations(toy.NAMES, 2))
     same = judge([("answer", f"{a} plus {b}", f"{b} plus {a}") for a, b in pairs])
     other = judge([pair for a, b in pairs for pair in (("answer", f"{a} plus {b}", f"{next(c for c in toy.NAMES if c not in (a, b))} plus {a}"),
