@@ -2,7 +2,7 @@
 
     endpoint = Endpoint("http://127.0.0.1:8000/v1", "Qwen/Qwen2.5-7B-Instruct", max_new_tokens=2048)
     gsrm = GSRM(endpoint.generate, judge_by(endpoint.p_yes))
-    p_yes = sum p(spelling of yes) / sum p(spelling of yes or no) over the 20 likeliest first tokens; without log-probs 1 or 0, by the text's first word
+    p_yes = sum p(spelling of yes) / sum p(spelling of yes or no) over the likeliest first tokens; without log-probs 1 or 0, by the text's first word
 
 A request is tried again after a timeout, a lost connection, 429 or 5xx, in min(30, backoff * 2^attempt) * U[0.5, 1] s, or the server's Retry-After (s).
 When `breaker` requests in a row have failed the endpoint is down: for `cooldown` seconds nothing is sent, then one probe decides. What failed is None,
@@ -78,11 +78,12 @@ class EndpointDown(ConnectionError):
 
 class Endpoint:
     """A model behind `url` (".../v1") as greedy `generate` and the judge's `p_yes`. At most `concurrency` requests at a time, `deadline` seconds per attempt.
-    `extra`: further fields of the request body (None takes one out). `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent,
-    "unclear" said neither yes nor no), prompt_tokens, completion_tokens, seconds. ValueError for a bad url or number, ImportError without openai."""
+    `top_logprobs`: of the judge's first token (some servers allow only 5; 0: read its text). `extra`: further fields of the request body (None takes one out).
+    `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent, "unclear" said neither yes nor no), prompt_tokens, completion_tokens,
+    seconds. ValueError for a bad url or number, ImportError without openai."""
 
     def __init__(self, url: str, model: str, max_new_tokens: int, concurrency: int = 32, deadline: float = 120.0, retries: int = 4, backoff: float = 0.5,
-                 breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, extra: dict[str, object] | None = None):
+                 breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, top_logprobs: int = 20, extra: dict[str, object] | None = None):
         try:
             import openai
         except ImportError:
@@ -93,7 +94,7 @@ class Endpoint:
             raise ValueError(f"{max_new_tokens=}, {concurrency=}, {breaker=} must be >= 1, {retries=}, {backoff=}, {cooldown=} >= 0, {deadline=} > 0")
         self.url, self.model, self.max_new_tokens, self.concurrency, self.deadline, self.retries = url, model, max_new_tokens, concurrency, deadline, retries
         self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, extra or {}
-        self.key, self.stats, self.logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), True      # no logprobs: the server has refused them
+        self.key, self.stats, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), top_logprobs
         self.openai, self.client = openai, openai.AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=None)          # retries and deadlines are ours
         self.runner, self.lock, self.probe = asyncio.Runner(), threading.Lock(), asyncio.Lock()         # one loop for all calls: its connections stay open
         self.in_row, self.down_until, self.last_error = 0, 0.0, ""                                      # failures in a row; when to probe (0: not down)
@@ -129,13 +130,12 @@ class Endpoint:
         return [results[n] for n in range(len(items))]
 
     async def ask_p_yes(self, prompt: str) -> float | None:
-        answer = await self.ask(prompt, {"max_tokens": 4} | ({"logprobs": True, "top_logprobs": 20} if self.logprobs else {}))
-        p = read_p_yes(answer) if answer else None
+        answer = await self.ask(prompt, {"max_tokens": 4} | ({"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}))
         if answer and not answer.top:
             self.count("no_logprobs", "gives no log-probs: the judge's text is read instead, p(yes) is 1 or 0")
-        if answer and p is None:
+        if answer and (p := read_p_yes(answer)) is None:
             self.count("unclear", f"says neither yes nor no, but {answer.text[:40]!r}")
-        return p
+        return p if answer else None
 
     async def ask(self, prompt: str, fields: dict[str, object]) -> Answer | None:
         """One request through the circuit breaker."""
@@ -172,7 +172,7 @@ class Endpoint:
                 kind, lives = "rate_limit" if code == 429 else "status_5xx" if code >= 500 else "status_4xx", code in (400, 413, 422)
                 asked = float(after[0]) if after else 0.0
                 if kind == "status_4xx" and "logprobs" in fields and "logprob" in error.lower():
-                    self.logprobs = False                # refused: the text must do
+                    self.top_logprobs = 0                # refused: the text must do
                     return await self.send(prompt, {"max_tokens": fields["max_tokens"]}, retries)
             if attempt == retries or kind == "status_4xx" or asked > self.deadline:
                 break

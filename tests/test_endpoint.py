@@ -153,8 +153,9 @@ def cooled_down(e: Endpoint) -> None:
 # ------------------------------------------------------------------------------------------------ the reply's bytes
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"null", b"3", b'"x"', b"[]", b"<html>", b"\xff\xfe", b"{}", b'{"choices": null}', b'{"choices": []}', b'{"choices": {}}', b'{"choices": [null]}',
-                                  b'{"choices": [{}]}', b'{"choices": [{"message": null}]}', b'{"choices": [{"message": {"content": 3}}]}', b'{"choices": [{"message": {"content": ["a"]}}]}',
+@pytest.mark.parametrize("body", [b"", b"{", b"null", b"3", b'"x"', b"[]", b"<html>", b"\xff\xfe", b"{}", b'{"choices": null}', b'{"choices": []}',
+                                  b'{"choices": {}}', b'{"choices": [null]}', b'{"choices": [{}]}', b'{"choices": [{"message": null}]}',
+                                  b'{"choices": [{"message": {"content": 3}}]}', b'{"choices": [{"message": {"content": ["a"]}}]}',
                                   b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": "a"}]}}]}', b"[" * 100_000,
                                   b'{"choices": [{"message": {"content": "x"}}], "usage": 3}'])
 def test_what_is_no_chat_completion_is_no_answer(body: bytes) -> None:
@@ -175,7 +176,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st
 @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(JSON, JSON, JSON)
 def test_no_json_makes_the_reader_raise(message: object, logprobs: object, usage: object) -> None:
-    for reply in (message, {"choices": [{"message": {"content": message}, "logprobs": logprobs}], "usage": usage}, {"choices": [{"message": message, "logprobs": {"content": [logprobs]}}]}):
+    for reply in (message, {"choices": [{"message": {"content": message}, "logprobs": logprobs}], "usage": usage},
+                  {"choices": [{"message": message, "logprobs": {"content": [logprobs]}}]}):
         answer = read_answer(json.dumps(reply).encode())
         if answer is not None:
             p = read_p_yes(answer)
@@ -196,8 +198,9 @@ def test_p_yes_from_log_probs(top: dict[str, float], expected: float) -> None:
     assert read_p_yes(Answer("whatever is said", "stop", top, (0, 0))) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("yes", 1), (" Yes.", 1), ("YES", 1), ("**Yes**, they do", 1), ("no", 0), ("No, they", 0), ("\n_no_", 0), ("\"No\"", 0), ("yesterday", None), ("not", None),
-                                                ("nothing", None), ("maybe yes", None), ("", None), ("0", None), ("I say no", None)])
+@pytest.mark.parametrize(("text", "expected"), [("yes", 1), (" Yes.", 1), ("YES", 1), ("**Yes**, they do", 1), ("no", 0), ("No, they", 0),
+                                                ("\n_no_", 0), ("\"No\"", 0), ("yesterday", None), ("not", None), ("nothing", None), ("maybe yes", None),
+                                                ("", None), ("0", None), ("I say no", None)])
 def test_p_yes_from_a_text(text: str, expected: float | None) -> None:
     assert read_p_yes(Answer(text, "stop", {}, (0, 0))) == expected
     assert read_p_yes(Answer(text, "stop", {"a": -0.1, "b": math.nan, "no": -math.inf}, (0, 0))) == expected      # log-probs that say nothing
@@ -210,7 +213,8 @@ def test_p_yes_over_http_is_exact(fake: Fake, make: Callable[..., Endpoint]) -> 
     e = make()
     assert e.p_yes(["d"]) == [pytest.approx(1 / (1 + math.exp(1)), abs=1e-12)]         # log-probs count also where the text came out empty
     yes, no = math.exp(-0.2) + math.exp(-2), math.exp(-3) + math.exp(-4)
-    assert e.p_yes(["a", "b", "c", "a"]) == [pytest.approx(yes / (yes + no), abs=1e-12), pytest.approx(1 / (1 + math.exp(3)), abs=1e-12), None, pytest.approx(yes / (yes + no), abs=1e-12)]
+    a, b = pytest.approx(yes / (yes + no), abs=1e-12), pytest.approx(1 / (1 + math.exp(3)), abs=1e-12)
+    assert e.p_yes(["a", "b", "c", "a"]) == [a, b, None, a]
     assert all(body["logprobs"] is True and body["top_logprobs"] == 20 and body["temperature"] == 0 and body["max_tokens"] <= 8 for body in fake.bodies)
     assert e.stats["unclear"] == 1 and e.stats["requests"] == 5 and not e.stats["no_logprobs"]
 
@@ -229,8 +233,9 @@ def test_a_server_that_refuses_log_probs_is_asked_without(status: int, fake: Fak
     e = make(concurrency=1)
     assert e.p_yes(["a", "b"]) == [1.0, 0.0] and [("logprobs" in body, "top_logprobs" in body) for body in fake.bodies] == [(True, True), (False, False), (False, False)]
     assert e.p_yes(["b"]) == [0.0] and fake.hits == 4 and not e.stats["status_4xx"]
+    assert make(top_logprobs=0).p_yes(["a"]) == [1.0] and fake.hits == 5 and "logprobs" not in fake.bodies[-1]
     fake.behave = lambda body: error(status, "logprobs")             # a refusal of something else, from a text request: a failure
-    assert e.p_yes(["a"]) == [None] and fake.hits == 5 and e.stats["status_4xx"] == 1
+    assert e.p_yes(["a"]) == [None] and fake.hits == 6 and e.stats["status_4xx"] == 1
 
 # ------------------------------------------------------------------------------------------------ answers, their order, how many at a time
 
@@ -254,7 +259,8 @@ def test_answers_come_back_in_order(fake: Fake, make: Callable[..., Endpoint]) -
 def test_extra_fields_join_the_body_and_none_takes_one_out(fake: Fake, make: Callable[..., Endpoint]) -> None:
     e = make(extra={"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}})
     assert e.generate(["x"]) == ["x"]
-    assert {k: v for k, v in fake.bodies[0].items() if k not in ("messages", "model")} == {"temperature": 0.0, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
+    sent = {k: v for k, v in fake.bodies[0].items() if k not in ("messages", "model")}
+    assert sent == {"temperature": 0.0, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
 
 
 def test_concurrency_is_bounded_also_over_threads(fake: Fake, make: Callable[..., Endpoint]) -> None:
@@ -414,6 +420,8 @@ def test_only_failures_in_a_row_of_a_dead_server_open_it(fake: Fake, make: Calla
     e.generate(list("55y55y" "55455e55" "4444eeee4444"))             # an answer, a refused prompt and an empty text are signs of life
     assert not e.down_until and fake.hits == 26
     assert e.generate(list("mmmyy")) == [None] * 5 and e.down_until and fake.hits == 29       # a wrong model or key meets every prompt
+    fake.behave, e = lambda body: (200, b"<html>", {}), make(retries=0, breaker=3, concurrency=1)
+    assert e.generate(list("ggggg")) == [None] * 5 and e.down_until and fake.hits == 32       # and so does garbage
 
 
 def test_default_breaker_needs_twenty(fake: Fake, make: Callable[..., Endpoint], capsys: pytest.CaptureFixture) -> None:
@@ -453,8 +461,9 @@ def test_endpoint_down_is_raised_for_those_who_want_it(fake: Fake, make: Callabl
 
 
 @needs_openai
-@pytest.mark.parametrize("wrong", [{"url": "127.0.0.1:8000"}, {"url": ""}, {"url": "file:///etc/passwd"}, {"url": "http://user:secret@host/v1"}, {"url": "http:///v1"}, {"max_new_tokens": 0},
-                                   {"concurrency": 0}, {"deadline": 0.0}, {"deadline": math.nan}, {"retries": -1}, {"breaker": 0}, {"cooldown": -1.0}])
+@pytest.mark.parametrize("wrong", [{"url": "127.0.0.1:8000"}, {"url": ""}, {"url": "file:///etc/passwd"}, {"url": "http://user:secret@host/v1"},
+                                   {"url": "http:///v1"}, {"max_new_tokens": 0}, {"concurrency": 0}, {"deadline": 0.0}, {"deadline": math.nan},
+                                   {"retries": -1}, {"breaker": 0}, {"cooldown": -1.0}])
 def test_bad_arguments_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must" if "url" not in wrong else "url must look like") as raised:
         Endpoint(**{"url": "http://127.0.0.1:1/v1", "model": "m", "max_new_tokens": 5, **wrong})
@@ -470,7 +479,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(ended.value.code) == "error: an endpoint needs the openai package: pip install openai"
 
 
-def test_the_key_is_sent_and_never_shown(fake: Fake, make: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_key_is_sent_and_never_shown(fake: Fake, make: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture,
+                                         caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " sk-very-secret\n")
     caplog.set_level("INFO")
     e, errors = make(retries=0, breaker=2), []
@@ -482,7 +492,8 @@ def test_the_key_is_sent_and_never_shown(fake: Fake, make: Callable[..., Endpoin
     assert {headers["authorization"] for _, headers in fake.headers} == {"Bearer sk-very-secret"}
     out = capfd.readouterr()
     shown = "\n".join([out.out, out.err, caplog.text, repr(e), str(e.stats), *errors])
-    assert "sk-very-secret" not in shown and "***" in shown and "\x1b" not in shown and not any("\n" in error for error in errors) and "is down" in out.err and len(errors) == 4 and all(errors)
+    assert "sk-very-secret" not in shown and "***" in shown and "\x1b" not in shown and "is down" in out.err
+    assert len(errors) == 4 and all(errors) and not any("\n" in error for error in errors)
 
 # ------------------------------------------------------------------------------------------------ GSRM over HTTP
 
@@ -583,7 +594,8 @@ def test_annotate_end_to_end(fake: Fake, tmp_path: Path, capsys: pytest.CaptureF
     data = problems_file(tmp_path, [*PROBLEMS, twin])
     annotate_main(command(fake, data, out, "--price_in", "2", "--price_out", "30", "--max_new_tokens", "77", "--concurrency", "3"))
     said = capsys.readouterr().out
-    assert "12 pairs" in said and "0 rejected" in said and "; " not in said.split("rejected")[1].split("\n")[0] and "prompt_tokens 1200, completion_tokens 120" in said and "cost 0.0060" in said
+    assert "12 pairs" in said and "0 rejected" in said and "; " not in said.split("rejected")[1].split("\n")[0]
+    assert "prompt_tokens 1200, completion_tokens 120" in said and "cost 0.0060" in said
     assert all(body["max_tokens"] == 77 and body["model"] == "big" and body["temperature"] == 0 for body in fake.bodies) and fake.hits == 12 and fake.peak <= 3
     want = {(decompose_prompt(p.problem, t), structure(t)) for p in PROBLEMS for t in p.teachers}
     assert {(row["prompt"], row["target"]) for row in rows_of(out)} == want and all(row.keys() == {"prompt", "target"} for row in rows_of(out)) and len(rows_of(out)) == 12
@@ -611,8 +623,8 @@ def test_limit_takes_the_first_problems(fake: Fake, tmp_path: Path) -> None:
 
 def test_what_does_not_parse_is_kept_apart(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     good = structure("a 1 then b 2")
-    replies = {"no tags": ok("I think it is 4."), "a field is missing": ok(good.rsplit("\n", 1)[0]), "no steps": ok(NO_STEPS), "cut off": ok(good, finish="length"), "doubled": ok(good + "\n" + good),
-               "preamble": ok("Here are the steps:\n" + good)}
+    replies = {"no tags": ok("I think it is 4."), "a field is missing": ok(good.rsplit("\n", 1)[0]), "no steps": ok(NO_STEPS),
+               "cut off": ok(good, finish="length"), "doubled": ok(good + "\n" + good), "preamble": ok("Here are the steps:\n" + good)}
     problems = [Problem(name, name, "1", ("a 1 then b 2",), "math") for name in replies]
     fake.behave = lambda body: replies[parts(text_of(body))[0]]
     out, data = tmp_path / "pairs.jsonl", problems_file(tmp_path, problems)
@@ -634,7 +646,8 @@ def test_failed_requests_leave_no_line_and_are_asked_in_the_next_run(fake: Fake,
     out, data = tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS)
     annotate_main(command(fake, data, out))
     said = capsys.readouterr()
-    assert "10 pairs" in said.out and "; 2 failed: run the same command again" in said.out and "status_4xx 2" in said.out and "too long" in said.err and len(rows_of(out)) == 10 and fake.hits == 12
+    assert "10 pairs" in said.out and "; 2 failed: run the same command again" in said.out and "status_4xx 2" in said.out and "too long" in said.err
+    assert len(rows_of(out)) == 10 and fake.hits == 12
     fake.behave = annotator
     annotate_main(command(fake, data, out))
     assert fake.hits == 14 and len(rows_of(out)) == 12 and "; 2 failed" not in capsys.readouterr().out
@@ -647,8 +660,8 @@ def test_an_outage_ends_the_command_and_the_next_one_goes_on(fake: Fake, make: C
     out, data = tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS)
     with pytest.raises(SystemExit) as ended:
         annotate_main(command(fake, data, out))
-    assert re.fullmatch(rf"error: {fake.url} is down: .*[Cc]onnection.*", str(ended.value.code)) and fake.hits == 8 and len(rows_of(tmp_path / "pairs.jsonl.annotations.jsonl")) == 5
-    assert not out.exists()
+    assert re.fullmatch(rf"error: {fake.url} is down: .*[Cc]onnection.*", str(ended.value.code)) and fake.hits == 8
+    assert len(rows_of(tmp_path / "pairs.jsonl.annotations.jsonl")) == 5 and not out.exists()
     fake.behave = annotator
     annotate_main(command(fake, data, out))
     assert fake.hits == 8 + 7 and len(rows_of(out)) == 12
@@ -658,8 +671,9 @@ def test_errors_are_one_line(fake: Fake, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "a"}\n')
     fake.behave = lambda body: error(400, "never")
-    for data, more, message in ((str(tmp_path / "none"), (), "no problems at"), (str(bad), (), "must be a non-empty string"), (problems_file(tmp_path, PROBLEMS), (), "nothing could be annotated"),
-                                (str(bad), ("--deadline", "-1"), "deadline"), (str(bad), ("--concurrency", "0"), "concurrency")):
+    for data, more, message in ((str(tmp_path / "none"), (), "no problems at"), (str(bad), (), "must be a non-empty string"),
+                                (problems_file(tmp_path, PROBLEMS), (), "nothing could be annotated"), (str(bad), ("--deadline", "-1"), "deadline"),
+                                (str(bad), ("--concurrency", "0"), "concurrency")):
         with pytest.raises(SystemExit) as ended:
             annotate_main(command(fake, data, tmp_path / "o", *more))
         assert str(ended.value.code).startswith("error: ") and message in str(ended.value.code) and "\n" not in str(ended.value.code)
@@ -689,7 +703,8 @@ def test_kill_and_restart_double_and_lose_nothing(fake: Fake, tmp_path: Path) ->
     problems = [Problem(f"p{n}", f"Problem {n}?", "1", (f"a {n} then b 2",), "math") for n in range(40)]
     out, record, data = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.annotations.jsonl", problems_file(tmp_path, problems)
     fake.behave = lambda body: (time.sleep(0.1), annotator(body))[1]
-    process = subprocess.Popen([sys.executable, "endpoint.py", "annotate", *command(fake, data, out, "--concurrency", "2")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "endpoint.py", "annotate", *command(fake, data, out, "--concurrency", "2")], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120
         while (record.read_bytes().count(b"\n") if record.exists() else 0) < 7 and process.poll() is None and time.monotonic() < until:
@@ -725,8 +740,9 @@ def parrot(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = f"{{{{ messages[0].content }}}}<|im_end|>{{{{ {judge!r} if 'yes or no' in messages[0].content else {read!r} }}}}"
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                         initializer_range=1.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=4096, initializer_range=1.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id)
     model, id_of = Qwen2ForCausalLM(config), tokenizer.convert_tokens_to_ids
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -741,8 +757,8 @@ def parrot(folder: Path) -> Path:
 def serve(folder: Path, port: int) -> subprocess.Popen:
     """`transformers serve` on 127.0.0.1, ready to answer."""
     with (folder / "serve.log").open("w") as log:
-        process = subprocess.Popen([str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], cwd=folder,
-                                   stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        words = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 240
     while time.monotonic() < until and process.poll() is None:
         try:
