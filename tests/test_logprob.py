@@ -717,3 +717,26 @@ def test_more_than_two_to_the_31_logits_and_peak_memory_on_a_gpu() -> None:
         assert all(relative(g, w) < 6e-3 for g, w in zip(other, gradients[0], strict=True))
     z = (x @ W.T).detach()
     close(L.logprob_from_logits(z, y, T)[sample], torch.log_softmax(z[sample].double() / T, -1).gather(1, y[sample, None])[:, 0], 1e-5)
+
+
+def test_a_sharded_head_is_refused_and_a_gathered_one_gets_its_gradient(tmp_path: Path) -> None:
+    """FSDP2: what fully_shard leaves in the head is a DTensor; full_tensor() gathers it, and the gradient finds its way back to the shard."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        x, W, y = inputs()
+        head = torch.nn.Linear(W.shape[1], W.shape[0], bias=False)
+        head.weight.data.copy_(W)
+        fully_shard(head, mesh=mesh)
+        head.reshard()
+        with pytest.raises(TypeError, match="gather shards"):
+            L.linear_logprob(x, head.weight, y, T)
+        for loss in (lambda w: L.linear_logprob(x, w, y, T)[0].sum(), lambda w: L.linear_policy_loss(x, w, y, T, lambda logp, rows: logp.sum())[0]):
+            head.zero_grad()
+            loss(head.weight.full_tensor()).backward()
+            want = torch.autograd.grad(L.linear_logprob_reference(x, W, y, T)[0].sum(), W)[0]
+            near(head.weight.grad.full_tensor(), want)
+    finally:
+        dist.destroy_process_group()
