@@ -293,18 +293,17 @@ def bench_rollout(args: argparse.Namespace) -> None:
             runs = {"ours": peers.sample_ours, "HF generate": peers.sample_hf, "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"),
                     "HF continuous batching": peers.sample_hf_continuous}
             times, tokens, failed = {n: [] for n in runs}, {n: [] for n in runs}, {}
-            for n, run in list(itertools.chain.from_iterable([runs.items()] * (args.rounds + 1))):               # the first round warms up
-                if n in failed:
-                    continue
-                torch.manual_seed(len(times[n]))
-                started = time.perf_counter()
-                try:
-                    sampled = run(job)
-                except PEER_ERRORS as error:
-                    failed[n] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-                    continue
-                times[n].append(time.perf_counter() - started)
-                tokens[n].append(sum(sampled))
+            for _ in range(args.rounds + 1):                                                     # the first round warms up
+                for n in [n for n in runs if n not in failed]:
+                    torch.manual_seed(len(times[n]))
+                    started = time.perf_counter()
+                    try:
+                        sampled = runs[n](job)
+                    except PEER_ERRORS as error:
+                        failed[n] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+                    else:
+                        times[n].append(time.perf_counter() - started)
+                        tokens[n].append(sum(sampled))
             drawn = peers.sample_ours(job)
             bound = sum(drawn) / limit_seconds(job, drawn)
             print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths}; limit {bound:.0f} tokens/s\n| | tokens/s | of ours | of the limit |\n|---|---|---|---|")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from data import Tokenizer
+from data import Tokenizer, save_model
 
 FREE = {"steps", "resume", "save_every", "eval_problems", "eval_k", "max_tokens", "device", "out"}     # settings that may change between a run and its resume
 
@@ -20,8 +20,7 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, 
     """Model, tokenizer, optimiser and step, written aside and then renamed: a checkpoint is whole or it is not there. The two before it are kept."""
     aside = folder / f".step_{step:06d}"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(str(aside))
+    save_model(model, tokenizer, aside)
     state = optimizer.state_dict()["state"]
     save_file({f"{i}/{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()}, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step}))

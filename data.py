@@ -155,6 +155,12 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     return model, tokenizer
 
 
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path) -> None:
+    """The inverse of load_model: a Hugging Face checkpoint folder."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(str(path))
+
+
 def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[int], int]:
     """(every id that ends a completion, the id that fills unused places). The pad id is never looked for in data: lengths say where a row ends."""
     eos = model.generation_config.eos_token_id
@@ -189,8 +195,14 @@ def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None 
 
 
 def opening(tokenizer: Tokenizer) -> str:
-    """What the prompt has already written of the assistant's turn: "<think>" or nothing. opening + completion is the whole turn."""
+    """What the prompt has already written of the assistant's turn: "<think>" or nothing."""
     return "<think>" if tokenizer.decode(chat_ids(tokenizer, "?")).rstrip().endswith("<think>") else ""
+
+
+def whole_turns(tokenizer: Tokenizer, completions: list[list[int]]) -> list[str]:
+    """The assistant's turn of each completion as text: what the prompt has written of it, then what was sampled, without special tokens."""
+    start = opening(tokenizer)
+    return [start + tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
 
 
 def split_completion(text: str) -> tuple[str, str | None]:

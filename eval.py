@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
-from data import Problem, Tokenizer, chat_ids, load_model, load_problems, opening, problem_ids, split_completion, stop_and_pad_ids, write_jsonl
+from data import Problem, Tokenizer, chat_ids, load_model, load_problems, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from endpoint import Endpoint
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
@@ -39,9 +39,12 @@ def load_function(name: str) -> Callable[[str], list[Step]]:
     return found
 
 
+URLS = ("http://", "https://")
+
+
 def text_model(path: str, device: str, max_new_tokens: int) -> TextModel | Endpoint:
     """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
-    if path.startswith(("http://", "https://")):
+    if path.startswith(URLS):
         url, _, name = path.partition("#")
         if not name:
             raise ValueError(f"{path}: which model? write it behind a #, as in {url}#Qwen/Qwen2.5-7B-Instruct")
@@ -54,7 +57,7 @@ def text_model(path: str, device: str, max_new_tokens: int) -> TextModel | Endpo
 def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True) -> GSRM:
     """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
     a rule module:function with equal words as its judge."""
-    if ":" in gsrm and not gsrm.startswith(("http://", "https://")) and not Path(gsrm).exists():
+    if ":" in gsrm and not gsrm.startswith(URLS) and not Path(gsrm).exists():
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
     if not judge and (note := Path(gsrm) / "gsrm.json").is_file():            # {"judge": folder}, seen from the GSRM's own
         judge = str(Path(gsrm) / json.loads(note.read_text())["judge"])
@@ -81,7 +84,7 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Proble
     k = k if temperature else 1
     rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate([problem_ids(tokenizer, p, instruction) for p in problems], k, max_new_tokens, temperature, top_p, seed)
     rows_of = [p for p in problems for _ in range(k)]
-    texts = [opening(tokenizer) + tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows_of))]
+    texts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows_of))])
     right, true = grade_all(texts, [p.answer for p in rows_of]), true_structure(truth, rows_of, texts)
     taught = [n for n, p in enumerate(rows_of) if p.teachers] if gsrm else []
     scores = dict(zip(taught, gsrm([rows_of[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(rows_of[n].teachers) for n in taught]))) if taught else {}

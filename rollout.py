@@ -175,9 +175,9 @@ class Sampler:
     def _prefill(self, rows: list, max_new: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
         """KV cache and next-token logits of the rows' left-padded prompts, each prompt computed once; the attention mask of all decoding
         (N, [1, 1,] L + max_new) and the position of the first new token (N,)."""
-        place = {number: k for k, number in enumerate(dict.fromkeys(number for number, *_ in rows))}
-        prompts, of_row = list({number: prompt for number, prompt, _ in rows}.values()), torch.tensor([place[number] for number, *_ in rows], device=self.model.device)
-        device, width = self.model.device, max(map(len, prompts))
+        by_number, device = {number: prompt for number, prompt, _ in rows}, self.model.device
+        place, prompts = {number: k for k, number in enumerate(by_number)}, list(by_number.values())
+        of_row, width = torch.tensor([place[number] for number, *_ in rows], device=device), max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         cache = DynamicCache(config=self.model.config)

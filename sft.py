@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from data import Tokenizer, chat_ids, join_completion, load_model, load_problems, opening, problem_ids, read_jsonl
+from data import Tokenizer, chat_ids, join_completion, load_model, load_problems, opening, problem_ids, read_jsonl, save_model
 from logprob import linear_logprob
 from rollout import check_head, micro_batches, predictors
 
@@ -111,8 +111,7 @@ def main(config: Config) -> None:
     losses = train_pairs(model, shuffled(pairs, config.batch_size, config.seed), steps, config.lr, linear_schedule(config.warmup), config.max_tokens)
     for loss in (bar := tqdm(losses, total=steps, unit="step", mininterval=1.0)):
         bar.set_postfix(loss=f"{loss:.4f}")
-    model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
+    save_model(model, tokenizer, config.out)
     print(f"last loss {loss:.4f}, checkpoint in {config.out}")
 
 

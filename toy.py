@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, split_completion, write_jsonl
+from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
 from sft import token_pair, train_pairs
@@ -234,8 +234,7 @@ def make_student(steps: int, seed: int, lr: float, habits: bool = False) -> None
     for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
         if step % 500 == 499 or step == steps - 1:
             log(f"student step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  greedy {probe(model, tok, held_out, 0.0)}  sampled {probe(model, tok, held_out, 1.0)}")
-    model.save_pretrained(FOLDER / "student")
-    tok.save_pretrained(FOLDER / "student")
+    save_model(model, tok, FOLDER / "student")
 
 
 def schedule(progress: float) -> float:
@@ -306,8 +305,7 @@ def make_reader(name: str, start: str, example: Callable[[random.Random, float],
             reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 200)
             right = [written == target for written, (_, target) in zip(reader.generate([prompt for prompt, _ in held_out]), held_out)]
             log(f"{name} step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  exactly right {sum(right) / len(right):.3f}")
-    model.save_pretrained(FOLDER / name)
-    tok.save_pretrained(FOLDER / name)
+    save_model(model, tok, FOLDER / name)
 
 
 def log(line: str) -> None:

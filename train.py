@@ -5,7 +5,7 @@
              advantage = reward against the others of its group                               grpo.py
              one step up the clipped policy gradient, held near the start by beta * KL        grpo.py, logprob.py
 
-    python train.py                                              # the toy: 3 minutes on two CPU cores
+    python train.py                                              # the toy: 4 minutes on two CPU cores
     python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, outcome only
     torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
@@ -30,7 +30,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 import eval as evaluation
 import report
 from checkpoint import load_optimizer, save_checkpoint, start_folder
-from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, opening, problem_ids, split_completion, stop_and_pad_ids
+from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, problem_ids, save_model, split_completion, stop_and_pad_ids, whole_turns
 from grpo import combine_advantages, denominator, grpo_loss, scored_rows
 from gsrm import GSRM, Score
 from logprob import linear_logprob, linear_policy_loss
@@ -274,7 +274,7 @@ def step_once(step: int, problems: list[Problem], model: PreTrainedModel, tokeni
     prompts = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
     rollout = sampler.generate([prompts[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     rows = [i for i in mine for _ in range(config.group_size)]
-    texts = [opening(tokenizer) + tokenizer.decode(rollout.completion(n), skip_special_tokens=True) for n in range(len(rows))]
+    texts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))])
     clock.append(time.time())
     rewards, scores = score([chosen[i] for i in rows], texts, rollout.finished.tolist(), gsrm, config)
     true = evaluation.true_structure(truth, [chosen[i] for i in rows], texts)
@@ -328,8 +328,7 @@ def main(config: Config) -> None:
             if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
                 save_checkpoint(out / "checkpoints", model, tokenizer, optimizer, step + 1)
     if rank() == 0:
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(str(out / "model"))
+        save_model(model, tokenizer, out / "model")
         report.plot([str(out)], out / "curve.png")
         measure("after")
         report.print_end(out)
