@@ -1,7 +1,7 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; every table is drawn from one results file.
 
-    python study.py --quick                                # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: about 25 minutes on two cores
-    python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4
+    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 20 minutes on two cores
+    python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # the tables again, from docs/study.jsonl alone
 
 An arm is a list of commands; each is printed and can be run alone. All arms start from the same student, train on the same problems and are evaluated by the
