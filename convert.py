@@ -193,7 +193,7 @@ def records(rows: Iterable[tuple[int, tuple[str, object]]], name: str, convert: 
             own, bare = str(record.get("id") or f"{name}-{number}"), record["problem"].removeprefix(ASKED).removesuffix(INSTRUCTION).strip()
             problem = check_record({"id": f"{own}-{name}-{number}" if own in ids else own, "problem": bare, "answer": record["answer"],
                                     "teachers": record.get("teachers", []), "domain": record.get("domain", "math")}, "as a problem")
-            line = json.dumps(vars(problem), ensure_ascii=False).encode() + b"\n"        # half a surrogate pair: UnicodeEncodeError, which is a ValueError
+            line = json.dumps(vars(problem), ensure_ascii=False).encode() + b"\n"
         except ValueError as error:
             fault = f"{where}: {'not valid JSON: ' if isinstance(error, json.JSONDecodeError) else ''}{error}"
             if not skip_bad:
@@ -218,14 +218,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=0, help="so many rows, drawn at random, in their order (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of --limit and of the order of GPQA's choices")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation problems (JSONL, converted already) to share no 13 words with")
-    parser.add_argument("--skip_bad", action="store_true", help="list malformed rows instead of stopping at one")
+    parser.add_argument("--skip_bad", action="store_true", help="list malformed rows (and lines of --exclude) instead of stopping at one")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
     aside, draw, counts, lists = args.out.parent / f".{args.out.name}.partial", random.Random(args.seed), Counter({"rows read": 0, "written": 0}), defaultdict(list)
     try:
         if args.out.exists() and not args.overwrite:
             raise ValueError(f"{args.out} exists already: choose another --out, or pass --overwrite")
-        banned = {gram for file in args.exclude for problem in load_problems(file, "test") for gram in grams(problem.problem)}
+        banned = {gram for file in args.exclude for problem in load_problems(file, "test", args.skip_bad) for gram in grams(problem.problem)}
         convert = (lambda row: gpqa(row, args.seed)) if args.name == "gpqa" else CONVERTERS[args.name][0]
         rows = enumerate(source_rows(args.input or CONVERTERS[args.name][1]), 1)
         if args.limit:                                                   # each row draws a number, the smallest stay: a larger --limit holds a smaller one

@@ -7,21 +7,27 @@ A problem is one JSONL line
 where `teachers` holds the K reasoning traces of the teacher (none are needed for evaluation). A completion of a student is
 `<trace></think><final answer>`; the opening `<think>` may stand in the prompt (as DeepSeek-R1-Distill's template puts it) or in the completion (`opening`).
 
-Show what a model will read:    python data.py toy --model toy/student
+Show what a model will read:    python data.py toy --model toy/student        (--skip_bad lists broken lines instead of stopping at the first)
 Convert a public data set:      python data.py convert gsm8k --input gsm8k_train.jsonl --out train.jsonl        (convert.py)
 Left out on purpose: dataset objects, collators, streaming. A list of Problems fits in memory at any size this method needs (3.2K in the paper).
 """
 import argparse
+import hashlib
 import importlib
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import tiktoken
+import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,6 +45,11 @@ class Problem:
     domain: str = "math"
 
 
+def half_pair(value: object) -> bool:
+    """Does a text hold half of a surrogate pair? JSON can write it, UTF-8 and tokenizers cannot."""
+    return isinstance(value, str) and re.search("[\\ud800-\\udfff]", value) is not None
+
+
 def check_record(record: object, where: str) -> Problem:
     """A Problem from one decoded JSON line; ValueError names the place, the field and what was expected there."""
     if not isinstance(record, dict):
@@ -48,24 +59,38 @@ def check_record(record: object, where: str) -> Problem:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; a problem has the fields {', '.join(known)}")
     for name in ("id", "problem", "answer", "domain"):
         value = record.get(name, "math" if name == "domain" else None)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {value!r}")
+        if not isinstance(value, str) or not value.strip() or half_pair(value):
+            raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {value!r}{' (surrogates not allowed)' * half_pair(value)}")
     teachers = record.get("teachers", [])
-    if not isinstance(teachers, list) or not all(isinstance(t, str) and t.strip() for t in teachers):
+    if not isinstance(teachers, list) or not all(isinstance(t, str) and t.strip() and not half_pair(t) for t in teachers):
         raise ValueError(f"{where}: field 'teachers' must be a list of non-empty strings, got {str(teachers)[:80]!r}")
     return Problem(**{**record, "teachers": tuple(teachers)})
 
 
-def read_jsonl(path: str | Path) -> list[tuple[str, object]]:
-    """[(place, decoded line)] of a JSONL file; blank lines are passed over; ValueError names the file and the line that is not JSON."""
+def read_jsonl(path: str | Path, bad: list[str] | None = None) -> list[tuple[str, object]]:
+    """[(place, decoded line)] of a JSONL file; blank lines are passed over. A line that is not JSON in UTF-8 is a ValueError naming file and line, or goes to `bad`."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):   # not splitlines: U+2028 is no line end in JSON
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):          # not splitlines: U+2028 is no line end in JSON
         if line.strip():
             try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+                rows.append((f"{path}:{number}", json.loads(line.decode("utf-8"))))
+            except (ValueError, RecursionError) as error:
+                why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                put_aside(f"{path}:{number}: not valid JSON ({why})", bad)
     return rows
+
+
+def put_aside(fault: str, bad: list[str] | None) -> None:
+    """What is wrong with a line: a ValueError, or one more in the list of those that are passed over."""
+    if bad is None:
+        raise ValueError(fault)
+    bad.append(fault)
+
+
+def tell(what: str, entries: list[str]) -> None:
+    """Counts and lists on stderr what was left out or looks odd; says nothing where there is nothing."""
+    if entries:
+        print(f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries), sep="\n", file=sys.stderr)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -79,18 +104,40 @@ def append_jsonl(path: str | Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def load_problems(path: str | Path, split: str = "train") -> list[Problem]:
-    """Problems of a JSONL file, or of `split`.jsonl in a folder (so "toy" is the folder toy/). Every line is checked, ids must be unique."""
+def data_file(path: str | Path, split: str = "train") -> Path:
+    """The JSONL file that is meant by a file, or by a folder that holds `split`.jsonl ("toy" is the folder toy/); FileNotFoundError."""
     file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no problems at {file}: give a JSONL file, or a folder that holds {split}.jsonl")
-    problems, seen = [], {}
-    for where, record in read_jsonl(file):
-        problem = check_record(record, where)
-        if problem.id in seen:
-            raise ValueError(f"{where}: id {problem.id!r} was used before, at {seen[problem.id]}; ids must be unique")
+    return file
+
+
+def file_hash(path: str | Path) -> str:
+    """16 hex digits of a file's SHA-256: which data a run has read."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_problems(path: str | Path, split: str = "train", skip_bad: bool = False) -> list[Problem]:
+    """Problems of `data_file(path, split)`. Every line is checked, ids must be unique: ValueError at the first bad line. With skip_bad the bad lines are counted and
+    listed on stderr instead, and so are problems that repeat an earlier one's text (they are kept)."""
+    file, bad = data_file(path, split), [] if skip_bad else None
+    problems, seen, texts, repeats = [], {}, {}, []
+    for where, record in read_jsonl(file, bad):
+        try:
+            problem = check_record(record, where)
+            if problem.id in seen:
+                raise ValueError(f"{where}: id {problem.id!r} was used before, at {seen[problem.id]}; ids must be unique")
+        except ValueError as error:
+            put_aside(str(error), bad)
+            continue
+        if (first := texts.setdefault(problem.problem, problem.id)) != problem.id:
+            repeats.append(f"{where}: {problem.id!r} reads as {first!r}")
         seen[problem.id] = where
         problems.append(problem)
+    if skip_bad:
+        tell(f"bad lines of {file} passed over", bad)
+        tell(f"problems of {file} repeat an earlier one, and were kept", repeats)
     if not problems:
         raise ValueError(f"{file}: holds no problems")
     return problems
@@ -100,7 +147,7 @@ def load_problems(path: str | Path, split: str = "train") -> list[Problem]:
 class Tokenizer(Protocol):
     """The part of Hugging Face's tokenizer interface that the project uses."""
     chat_template: str | None
-    eos_token_id: int
+    eos_token_id: int | None
     pad_token_id: int | None
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool = ...) -> str: ...
@@ -128,7 +175,7 @@ class TiktokenTokenizer:
         return self.encoding.encode(text, allowed_special="all")
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return self.encoding.decode([i for i in ids if not (skip_special_tokens and i in self.special_ids)])
+        return self.encoding.decode([i for i in ids if i < len(self) and not (skip_special_tokens and i in self.special_ids)])     # a padded embedding has ids without text
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = True) -> str:
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
@@ -139,20 +186,72 @@ class TiktokenTokenizer:
         (Path(path) / "tiktoken.json").write_text(json.dumps(self.spec, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def check_folder(path: str | Path, needs: str = "") -> None:
+    """FileNotFoundError where `path` is neither a folder (that holds the file `needs`) nor what could be a name on the hub."""
+    folder = Path(path)
+    if not folder.exists() and (not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or folder.parent != Path() and folder.parent.is_dir()):
+        raise FileNotFoundError(f"{path}: there is no such folder; give a checkpoint folder, or a hub name such as Qwen/Qwen2.5-7B-Instruct")
+    if folder.is_file() or folder.is_dir() and not (folder / needs).exists():
+        raise FileNotFoundError(f"{path}: {'is a file' if folder.is_file() else f'no {needs} in this folder'}; give the folder that save_pretrained wrote")
+
+
+@contextmanager
+def one_line(path: str | Path) -> Iterator[None]:
+    """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
+        raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
-    spec = Path(path) / "tiktoken.json"
-    return TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
+    check_folder(path)
+    with one_line(path):
+        spec = Path(path) / "tiktoken.json"
+        return TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
-    """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`."""
+    """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers
+    would go on with random ones), or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
+    check_folder(path, "config.json")
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {model.get_input_embeddings().weight.shape[0]}: "
-                         "they do not belong together")
-    return model, tokenizer
+    with one_line(path):
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    if wrong := sorted(report["missing_keys"]) + sorted(f"{name} {tuple(have)} instead of {tuple(want)}" for name, have, want in report["mismatched_keys"]):
+        raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
+    return model.to(device).eval(), tokenizer
+
+
+class Masters:
+    """What the optimiser moves. Of a float32 model: its own parameters. Of a bfloat16 one, in which an update of less than 1/256 of a weight would be rounded away:
+    float32 copies. The gradient of each backward is added up in their .grad and freed; after optimizer.step(), write_back() rounds them into the model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.own = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.own]
+        self.hooks = [p.register_post_accumulate_grad_hook(partial(self.collect, m)) for p, m in zip(self.own, self.parameters) if m is not p]
+
+    @staticmethod
+    def collect(master: torch.Tensor, p: torch.Tensor) -> None:
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for p, master in zip(self.own, self.parameters):
+            if master is not p:
+                p.copy_(master)
+
+    def close(self) -> None:
+        """Takes the hooks off: the model's gradients are its own again."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path) -> None:
@@ -162,14 +261,20 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path) -
 
 
 def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[int], int]:
-    """(every id that ends a completion, the id that fills unused places). The pad id is never looked for in data: lengths say where a row ends."""
+    """(every id that ends a completion, the id that fills unused places). The pad id is never looked for in data: lengths say where a row ends.
+    ValueError where nothing ends a completion."""
     eos = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id} | set([eos] if isinstance(eos, int) else eos or [])
     for token in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>"):              # Qwen base stops at one, its chat template at the other
         ids = tokenizer.encode(token, add_special_tokens=False)
-        stops |= set(ids) if len(ids) == 1 else set()
+        stops |= set(ids) if len(ids) == 1 and tokenizer.decode(ids) == token else set()           # <unk> is one id too
     stops.discard(None)
+    if not stops:
+        raise ValueError(NO_EOS)
     return stops, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+
+
+NO_EOS = "the tokenizer has no token that ends a text: set eos_token in its tokenizer_config.json"
 
 # ------------------------------------------------------------------------------------------------ prompts and completions
 
@@ -186,6 +291,11 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     else:
         text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages)
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """16 hex digits of the SHA-256 of the chat template in use: two runs that differ here have read different prompts."""
+    return hashlib.sha256((tokenizer.chat_template or PLAIN_TEMPLATE).encode()).hexdigest()[:16]
 
 
 def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None = None) -> list[int]:
@@ -221,13 +331,14 @@ def show(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python data.py", description="`python data.py convert -h` converts public data sets; otherwise prints a first problem and its prompt's tokens.")
     parser.add_argument("data", help="problems: JSONL, or a folder with train.jsonl")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name, for its tokenizer")
+    parser.add_argument("--skip_bad", action="store_true", help="list bad lines instead of stopping at one")
     args = parser.parse_args(argv)
     try:
-        first, tok = load_problems(args.data)[0], load_tokenizer(args.model)
+        problems, tok = load_problems(args.data, skip_bad=args.skip_bad), load_tokenizer(args.model)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    ids = problem_ids(tok, first)
-    print(f"{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
+    first, ids = problems[0], problem_ids(tok, problems[0])
+    print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
 
 
 if __name__ == "__main__":

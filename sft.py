@@ -3,93 +3,173 @@
     loss = - sum over target tokens of log p(token | prompt, earlier tokens) / number of target tokens of the optimiser step
 
     python sft.py --model toy/student --data toy --epochs 3 --out out/sft            # the SFT baseline: imitate the teacher's traces token by token
-    python sft.py --model PATH --data pairs.jsonl --out out/mine                     # lines {"prompt": ..., "target": ...}
+    python sft.py --preset paper-gsrm --data pairs.jsonl --out out/gsrm              # GSRM's decomposer, from what `python gsrm.py annotate` wrote; a judge likewise
+    python sft.py --task gsrm --model PATH --data pairs.jsonl --eval_share 0.05 --epochs 3 --keep best --dtype bfloat16 --gradient_checkpointing --out out/gsrm
 
-The log-probs come from logprob.py, so [N, V] logits are never held. One process; left out on purpose: LoRA, packing.
+GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_prompt, under the model's chat template); --task gsrm refuses pairs that are not.
+The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
+see: no document reads another. One process; left out on purpose: LoRA, packing, sharding, and resume (--keep best leaves its checkpoint as soon as it is made).
 """
+import json
 import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from data import Tokenizer, chat_ids, join_completion, load_model, load_problems, opening, problem_ids, read_jsonl, save_model
+from data import (
+    NO_EOS,
+    Masters,
+    Tokenizer,
+    chat_ids,
+    data_file,
+    file_hash,
+    half_pair,
+    join_completion,
+    load_model,
+    load_problems,
+    opening,
+    problem_ids,
+    put_aside,
+    read_jsonl,
+    save_model,
+    tell,
+    template_hash,
+)
+from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
 from rollout import check_head, micro_batches, predictors
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 
 
+def flag(default, text: str):
+    """A Config field whose help text is shown by --help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Config:
-    """Flags of `python sft.py`; the defaults are the paper's for GSRM (section 4.1) where it gives any."""
-    model: str = field(metadata={"help": "checkpoint folder or hub name to start from"})
-    data: str = field(metadata={"help": "problems with teacher traces (JSONL or folder), or JSONL of prompt/target pairs"})
-    out: str = field(metadata={"help": "folder of the trained checkpoint"})
-    instruction: str | None = field(default=None, metadata={"help": "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')"})
-    limit: int = field(default=0, metadata={"help": "use only the first so many problems or pairs (0: all)"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
-    batch_size: int = field(default=4, metadata={"help": "pairs per optimiser step"})
-    max_tokens: int = field(default=16384, metadata={"help": "padded tokens per micro-batch"})
-    lr: float = field(default=5e-5, metadata={"help": "peak learning rate, linear decay"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps in which the rate climbs"})
-    seed: int = field(default=0, metadata={"help": "order of the pairs"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
+    """Flags of `python sft.py`. A preset overrides defaults, flags override the preset."""
+    preset: str = flag("none", "none, or paper-gsrm (the paper's section 4.1)")
+    task: str = flag("", "gsrm (pairs of GSRM's prompts, checked), trace (problems with teacher traces); empty: prompt/target pairs or problems, as the data are")
+    model: str = flag("", "checkpoint folder or hub name to start from")
+    data: str = flag("", "problems with teacher traces (JSONL or folder), or JSONL of prompt/target pairs")
+    out: str = flag("", "folder of the trained checkpoint")
+    instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
+    limit: int = flag(0, "use only the first so many problems or pairs (0: all)")
+    skip_bad: bool = flag(False, "list malformed lines instead of stopping at one")
+    max_length: int = flag(0, "tokens that prompt and target may have together (0: the model's positions); nothing is ever cut")
+    skip_long: bool = flag(False, "list longer pairs and leave them out instead of stopping at one")
+    eval_data: str = flag("", "held-out data of the same kind, its loss is printed every epoch")
+    eval_share: float = flag(0.0, "or this share of the problems of --data, held out")
+    keep: str = flag("last", "last, or best: the checkpoint of the epoch with the least held-out loss")
+    epochs: float = flag(1.0, "passes over the pairs")
+    batch_size: int = flag(4, "pairs per optimiser step")
+    max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update")
+    lr: float = flag(5e-5, "peak learning rate, linear decay")
+    warmup: float = flag(0.1, "share of the steps in which the rate climbs")
+    dtype: str = flag("float32", "float32, or bfloat16 with float32 master weights")
+    gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
+    seed: int = flag(0, "order of the pairs, choice of the held-out share")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
-def linear_schedule(warmup: float) -> Callable[[float], float]:
-    """progress in [0, 1) -> share of the peak rate: up over `warmup`, then straight down."""
-    return lambda progress: min(1.0, (progress + 1e-9) / warmup) if progress < warmup else max(0.0, (1 - progress) / (1 - warmup))
+PRESETS: dict[str, dict] = {
+    "none": {},
+    "paper-gsrm": dict(task="gsrm", model="Qwen/Qwen2.5-7B-Instruct", epochs=1.0, lr=5e-5, warmup=0.1, batch_size=4, max_length=25_000, max_tokens=25_000,
+                       dtype="bfloat16", gradient_checkpointing=True),
+}
 
+# ------------------------------------------------------------------------------------------------ pairs
 
-def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float],
-                max_tokens: int = 16384, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0) -> Iterator[float]:
-    """Trains `model` in place, yields the loss per target token (nats) after each of `steps` optimiser steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-    model.train()
-    for step in range(steps):
-        batch, total = next(batches), 0.0
-        tokens = sum(len(target) for _, target in batch)                     # one denominator for the whole step, whatever the micro-batches
-        for rows in micro_batches([len(p) + len(t) for p, t in batch], max_tokens):
-            hidden, targets = predictors(model, [batch[n][0] for n in rows], [batch[n][1] for n in rows])
-            loss = -linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0].sum() / tokens
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step / steps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield total
-    model.eval()
+@dataclass(frozen=True)
+class Example:
+    """A pair, the place it came from, and the text that all pairs of one problem share (a held-out share takes problems whole)."""
+    where: str
+    source: str
+    pair: Pair
 
 
 def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pair:
-    """A prompt (ids, or the text of a user turn) and its answer, which ends with the end-of-turn token."""
+    """A prompt (ids, or the text of a user turn) and its answer, which ends with the end-of-turn token; ValueError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(NO_EOS)
     return chat_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt, tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
 
 
-def load_pairs(config: Config, tokenizer: Tokenizer) -> list[Pair]:
-    """Token pairs of a file of prompt/target lines, or of every teacher trace of every problem."""
-    if Path(config.data).is_file() and (rows := read_jsonl(config.data)) and isinstance(rows[0][1], dict) and "target" in rows[0][1]:
-        for where, row in rows:
-            if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str}:
-                raise ValueError(f"{where}: expected the two strings 'prompt' and 'target', got {str(row)[:80]}")
-        texts = [(row["prompt"], row["target"]) for _, row in rows[:config.limit or None]]
-    else:
-        problems = load_problems(config.data)[:config.limit or None]
+def pair_fault(row: object, task: str) -> str:
+    """What is wrong with a prompt/target line, "" if nothing: for a GSRM also prompts that it would not be asked, and targets that could not be read back."""
+    if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str} or any(map(half_pair, row.values())):
+        return f"expected the two strings 'prompt' and 'target', got {str(row)[:80]!r}"
+    if task != "gsrm":
+        return ""
+    if row["prompt"].startswith(JUDGE.partition("{")[0]):
+        return "" if row["target"].lower() in ("yes", "no") else f"a judge's target is 'yes' or 'no', not {row['target'][:40]!r}"
+    if not row["prompt"].startswith(DECOMPOSE.partition("{")[0]):
+        return "the prompt is not one of GSRM's (gsrm.decompose_prompt, judge_prompt): let `python gsrm.py annotate` write the pairs, or leave out --task"
+    parsed = parse_steps(row["target"])
+    return "" if parsed.steps and not parsed.dropped or row["target"] == NO_STEPS else f"the target cannot be read as steps ({'; '.join(parsed.dropped) or 'empty'})"
+
+
+def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> list[tuple[str, str, list[int] | str, str]]:
+    """(place, source, prompt, target) of a file of prompt/target lines, or of every teacher trace of every problem; ValueError where the data are not --task's."""
+    faults: list[str] = []
+    rows = [] if Path(path).is_dir() else read_jsonl(data_file(path), faults)
+    are_pairs = bool(rows) and isinstance(rows[0][1], dict) and "target" in rows[0][1]
+    if config.task and are_pairs != (config.task == "gsrm"):
+        raise ValueError(f"{path} holds {'prompt/target pairs' if are_pairs else 'problems'}, and --task {config.task} wants " +
+                         ("problems with teacher traces: --task gsrm takes the pairs of a GSRM, no --task any" if are_pairs else
+                          "lines with 'prompt' and 'target': `python gsrm.py annotate` makes them from problems"))
+    if not are_pairs:
+        problems = load_problems(path, split, config.skip_bad)[:config.limit or None]
+        tell(f"problems of {path} have no teacher trace and are left out", [p.id for p in problems if not p.teachers] if any(p.teachers for p in problems) else [])
         start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
-        texts = [(problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer)) for p in problems for t in p.teachers]
-    if not texts:
-        raise ValueError(f"{config.data}: no problem has a teacher trace, so there is nothing to imitate")
-    return [token_pair(tokenizer, *text) for text in texts]
+        return [(f"{path}: problem {p.id}, trace {k}", p.problem, problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer))
+                for p in problems for k, t in enumerate(p.teachers, 1)]
+    if faults and not config.skip_bad:
+        raise ValueError(faults[0])
+    texts = []
+    for where, row in rows:
+        if fault := pair_fault(row, config.task):
+            put_aside(f"{where}: {fault}", faults if config.skip_bad else None)
+        else:
+            texts.append((where, row["prompt"].partition("\n<trace>\n")[0], row["prompt"], row["target"]))
+    tell(f"bad lines of {path} passed over", faults)
+    return texts[:config.limit or None]
+
+
+def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = "train", positions: int = 1 << 30) -> list[Example]:
+    """The token pairs of `path`. A pair of more tokens than --max_length, or than the model has `positions`, is an error, or with --skip_long told and left out."""
+    most = min(config.max_length or positions, positions)
+    examples = [Example(where, source, token_pair(tokenizer, prompt, target)) for where, source, prompt, target in load_texts(config, tokenizer, path, split)]
+    if not examples:
+        raise ValueError(f"{path}: no problem has a teacher trace, so there is nothing to imitate")
+    length = lambda e: len(e.pair[0]) + len(e.pair[1])
+    if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
+        if not config.skip_long or len(long) == len(examples):
+            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's positions); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
+        tell(f"pairs of {path} are longer than {most} tokens and are left out", long)
+    return [e for e in examples if length(e) <= most]
+
+
+def load_pairs(config: Config, tokenizer: Tokenizer) -> list[Pair]:
+    """The token pairs of --data."""
+    return [e.pair for e in load_examples(config, tokenizer, config.data)]
+
+
+def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out): a share of the problems, at least one, drawn by `seed`, each with all its pairs."""
+    sources = list(dict.fromkeys(e.source for e in examples))
+    if len(sources) < 2:
+        raise ValueError("--eval_share needs at least two problems: one to hold out, one to train on")
+    held = set(random.Random(seed).sample(sources, min(len(sources) - 1, max(1, round(share * len(sources))))))
+    return [e for e in examples if e.source not in held], [e for e in examples if e.source in held]
 
 
 def shuffled(pairs: list[Pair], batch_size: int, seed: int) -> Iterator[list[Pair]]:
@@ -100,23 +180,118 @@ def shuffled(pairs: list[Pair], batch_size: int, seed: int) -> Iterator[list[Pai
             queue += rng.sample(pairs, len(pairs))
         yield [queue.pop(0) for _ in range(batch_size)]
 
+# ------------------------------------------------------------------------------------------------ training
+
+def linear_schedule(warmup: float) -> Callable[[float], float]:
+    """progress in [0, 1) -> share of the peak rate: up over `warmup`, then straight down."""
+    return lambda progress: min(1.0, (progress + 1e-9) / warmup) if progress < warmup else max(0.0, (1 - progress) / (1 - warmup))
+
+
+def target_logps(model: PreTrainedModel, pairs: list[Pair], max_tokens: int) -> Iterator[torch.Tensor]:
+    """The log-probs of all target tokens, a micro-batch of pairs at a time."""
+    for rows in micro_batches([len(p) + len(t) for p, t in pairs], max_tokens):
+        hidden, targets = predictors(model, [pairs[n][0] for n in rows], [pairs[n][1] for n in rows])
+        yield linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0]
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384) -> float:
+    """Loss per target token (nats), in eval mode."""
+    was_training = model.training
+    model.eval()
+    total = -sum(logp.sum().item() for logp in target_logps(model, pairs, max_tokens))
+    model.train(was_training)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the held-out loss is {total}: lower the learning rate")
+    return total / sum(len(target) for _, target in pairs)
+
+
+def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
+                betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, checkpointing: bool = False) -> Iterator[float]:
+    """Trains `model` (float32 or bfloat16) in place, yields the loss per target token (nats) after each of `steps` optimiser steps; leaves it in eval mode."""
+    masters, was_checkpointing = Masters(model), any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=model.device.type == "cuda" or None)
+    if checkpointing and not was_checkpointing:                               # the layers use it in training mode only
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})       # its name before 5.23
+    try:
+        model.train()
+        for step in range(steps):
+            batch, total = next(batches), 0.0
+            tokens = sum(len(target) for _, target in batch)                 # one denominator for the whole step, whatever the micro-batches
+            for logp in target_logps(model, batch, max_tokens):
+                loss = -logp.sum() / tokens
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step / steps)
+            torch.nn.utils.clip_grad_norm_(masters.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            masters.write_back()
+            yield total
+    finally:
+        masters.close()
+        model.eval()
+        if checkpointing and not was_checkpointing:
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        parser.error(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[preset])
+    c = Config(**vars(parser.parse_args(argv)))
+    fine = {"model": c.model, "data": c.data, "out": c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
+            "max_length": c.max_length >= 0, "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
+            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
+    for name, ok in fine.items():
+        if not ok:
+            parser.error(f"--{name} {getattr(c, name)!r}: {next(f.metadata['help'] for f in fields(c) if f.name == name)}")
+    if c.keep == "best" and not (c.eval_data or c.eval_share):
+        parser.error("--keep best needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")
+    return c
+
 
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model, config.device)
+    model, tokenizer = load_model(config.model, config.device, config.dtype)
     check_head(model)
-    pairs = load_pairs(config, tokenizer)
+    positions, held = getattr(model.config, "max_position_embeddings", 1 << 30), []
+    examples = load_examples(config, tokenizer, config.data, "train", positions)
+    if config.eval_data:
+        held = load_examples(config, tokenizer, config.eval_data, "test", positions)
+    elif config.eval_share:
+        examples, held = hold_out(examples, config.eval_share, config.seed)
+    pairs, held_out, out, table = [e.pair for e in examples], [e.pair for e in held], Path(config.out), []
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
-    print(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}")
-    losses = train_pairs(model, shuffled(pairs, config.batch_size, config.seed), steps, config.lr, linear_schedule(config.warmup), config.max_tokens)
-    for loss in (bar := tqdm(losses, total=steps, unit="step", mininterval=1.0)):
+    ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
+    measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
+    print(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}, {len(held_out)} pairs held out"
+          + (f" (loss {measure():.4f} before training)" if held_out else ""), flush=True)
+    losses = train_pairs(model, shuffled(pairs, config.batch_size, config.seed), steps, config.lr, linear_schedule(config.warmup), config.max_tokens,
+                         checkpointing=config.gradient_checkpointing)
+    since: list[float] = []
+    for step, loss in enumerate(bar := tqdm(losses, total=steps, unit="step", mininterval=1.0), 1):
         bar.set_postfix(loss=f"{loss:.4f}")
-    save_model(model, tokenizer, config.out)
+        since.append(loss)
+        if step in ends:
+            table.append({"epoch": ends[step], "step": step, "loss": sum(since) / len(since), "held_out": measure()})
+            since, best = [], config.keep == "best" and table[-1]["held_out"] == min(row["held_out"] for row in table)
+            bar.write(f"epoch {ends[step]}, step {step}: loss {table[-1]['loss']:.4f}" + f", held out {table[-1]['held_out'] or 0:.4f}" * bool(held) + ", the best so far" * best)
+            if best or config.keep == "last" and step == steps:
+                save_model(model, tokenizer, out)
+    (out / "sft.json").write_text(json.dumps({"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}, indent=1))
     print(f"last loss {loss:.4f}, checkpoint in {config.out}")
 
 
 if __name__ == "__main__":
     try:
-        main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
+        main(parse_config())
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
