@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, Qwen2Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+import convert
+import eval as evaluation
+import rollout
 import sft
-from data import TiktokenTokenizer, chat_ids, load_model, problem_ids
-from rollout import Sampler
-from sft import Config, Pair, linear_schedule, load_pairs, shuffled, train_pairs
+import toy
+from data import Masters, TiktokenTokenizer, chat_ids, file_hash, load_model, load_problems, problem_ids, template_hash, write_jsonl
+from gsrm import Step, decompose_prompt, format_steps, judge_prompt, parse_steps
+from rollout import Sampler, predictors
+from sft import Config, Example, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
 
-TOKENIZER = TiktokenTokenizer(dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", " has"], special=["<|im_end|>"], eos="<|im_end|>",
+TOKENIZER = TiktokenTokenizer(dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", " has", "yes", "no"], special=["<|im_end|>"], eos="<|im_end|>",
                                    pad="<|im_end|>", instruction="", chat_template="{% for m in messages %}{{ m.content }}:{% endfor %}"))
 EOS = TOKENIZER.eos_token_id
 BATCH: list[Pair] = [([1, 2, 3], [4, 5, EOS]), ([6], [7, 8, 9, 10, 11, EOS]), ([1, 2, 3, 4, 5, 6, 7, EOS, 9], [EOS]),
@@ -29,6 +36,16 @@ def tiny(tied: bool = False, seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2,
                                                         bos_token_id=None, eos_token_id=None, pad_token_id=None))
+
+
+FAMILIES = {"qwen2": {}, "llama": {}, "mistral": {"sliding_window": 3}}                   # the third one's rows are longer than its window
+
+
+def family(kind: str, **more: object) -> PreTrainedModel:
+    """The same size, another architecture."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**dict(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=None), **more}))
 
 
 def naive_loss(model: PreTrainedModel, batch: list[Pair], skip_prompt: bool = True) -> torch.Tensor:
@@ -90,6 +107,124 @@ def test_loss_and_gradient_equal_the_naive_cross_entropy_of_targets(tied: bool, 
     assert loss == pytest.approx(value, abs=1e-5) and close(seen["gradient"][0], expected)
     assert not close(seen["gradient"][0], with_prompt, 1e-3)         # prompt tokens get no loss: with it the gradient would be another
     assert max(g.abs().max().item() for g in expected) > 1e-2
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_batch_is_the_sum_over_its_documents_alone(kind: str, seen: dict[str, list]) -> None:
+    """Loss and gradient of padded micro-batches against one document after another, no padding anywhere; sliding windows (which the sampler refuses) included."""
+    model = family(kind, **FAMILIES[kind])
+    value, expected = naive_loss(model, BATCH).item(), naive_gradients(model, BATCH)
+    [loss] = train_pairs(model, iter([BATCH]), 1, 0.0, lambda progress: 1.0, max_tokens=20)
+    assert loss == pytest.approx(value, abs=1e-5) and close(seen["gradient"][0], expected)
+    if kind == "mistral":
+        open_window = family(kind, sliding_window=None)
+        assert abs(naive_loss(open_window, BATCH).item() - value) > 1e-3
+        with pytest.raises(ValueError, match="full attention only"):
+            Sampler(model, {EOS}, EOS)
+
+
+def test_padded_rows_do_not_leak_where_packed_ones_can() -> None:
+    """Why rows are padded: packed into one row, documents see each other through transformers' default cache; restarting positions part them with use_cache=False only."""
+    model = tiny().double()
+    rows = [p + t for p, t in BATCH]
+    alone = torch.cat([model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows])
+    ids, restarting = torch.tensor([sum(rows, [])]), torch.cat([torch.arange(len(row)) for row in rows])[None]
+    packed = {cache: model.base_model(ids, position_ids=restarting, use_cache=cache).last_hidden_state[0] for cache in (True, False)}
+    assert torch.allclose(packed[False], alone, atol=1e-12) and (packed[True] - alone).abs().max() > 0.1
+    ours, _ = predictors(model, [row[:1] for row in rows], [row[1:] for row in rows])
+    assert torch.allclose(ours, torch.cat([part[:-1] for part in alone.split([len(row) for row in rows])]), atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ memory: number formats, recomputation, long rows
+
+
+def test_bfloat16_with_master_weights_trains_to_the_float32_loss() -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny().to(dtype)
+        losses[dtype] = list(train_pairs(model, itertools.repeat(BATCH), 40, 3e-3, linear_schedule(0.1), max_tokens=20))
+        assert all(p.dtype == dtype and p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    a, b = losses.values()
+    assert a[0] > 3 and a[-1] < 0.3 and b == pytest.approx(a, abs=0.1) and b[-1] == pytest.approx(a[-1], abs=0.03)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_masters_move_where_bfloat16_would_stand_still(tied: bool) -> None:
+    """500 steps of 1e-5 on a weight of 1: in bfloat16 (spacing 2^-7) each would be rounded away, the copies add them up. So do the gradients of several backwards."""
+    model = tiny(tied).bfloat16()
+    model.model.norm.weight.requires_grad_(False)                    # a frozen parameter has no copy
+    masters = Masters(model)
+    assert len(masters.parameters) == len([*model.parameters()]) - 1 and all(m.dtype == torch.float32 for m in masters.parameters)
+    each = []
+    for pair in BATCH:
+        next(sft.target_logps(model, [pair], 100)).sum().backward()
+        assert all(p.grad is None for p in model.parameters())       # taken over as soon as it is whole
+        each.append([m.grad.clone() for m in masters.parameters])
+        for m in masters.parameters:
+            m.grad = None
+    for pair in BATCH:
+        next(sft.target_logps(model, [pair], 100)).sum().backward()
+    for m, *parts in zip(masters.parameters, *each):
+        assert torch.allclose(m.grad, sum(parts), rtol=1e-6, atol=1e-6)
+        assert parts[0].ndim == 1 or not torch.equal(m.grad, m.grad.bfloat16().float())              # not rounded in between
+    ones = next(i for i, p in enumerate(masters.own) if p.ndim == 1 and bool((p == 1).all()))
+    for _ in range(500):
+        masters.parameters[ones].data += 1e-5
+        masters.write_back()
+    assert (masters.own[ones] == 1 + 2**-7).all()                    # 1.005, rounded
+    masters.close()
+
+
+def test_a_float32_model_is_its_own_master() -> None:
+    model = tiny(True)
+    masters = Masters(model)
+    assert not masters.hooks and all(a is b for a, b in zip(masters.parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_activation_checkpointing_gives_the_same_gradient_and_leaves_the_model_as_found(kind: str, seen: dict[str, list]) -> None:
+    calls = []
+    for checkpointing in (False, True):
+        model, count = family(kind), []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.append(1))
+        list(train_pairs(model, iter([BATCH]), 1, 1e-3, lambda progress: 1.0, checkpointing=checkpointing))
+        calls.append(len(count))
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) and not model.training
+    assert calls == [1, 2] and all(torch.equal(a, b) for a, b in zip(*seen["gradient"]))           # each layer once more, in the backward pass
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had that an operation returned."""
+    most = 0
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        self.most = max([self.most] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        return out
+
+
+def test_a_long_context_never_holds_the_logits() -> None:
+    """3000 target tokens and 16000 words, training and held-out loss: 48 million logits, of which at most a million are there at once."""
+    V, T = 16_000, 3000
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                                                         bos_token_id=None, eos_token_id=None, pad_token_id=None), attn_implementation="sdpa")
+    pairs = [([1, 2, 3], torch.randint(V, (T,)).tolist())]
+    with Largest() as seen:
+        [loss] = train_pairs(model, iter([pairs]), 1, 1e-3, lambda progress: 1.0, checkpointing=True)
+        after = mean_loss(model, pairs)
+    assert seen.most <= 1 << 20 < T * V / 40 and loss == pytest.approx(math.log(V), abs=0.1) and after < loss
+
+
+def test_held_out_loss_is_the_naive_one_and_moves_nothing() -> None:
+    model = tiny().train()
+    before = [p.detach().clone() for p in model.parameters()]
+    assert mean_loss(model, BATCH, 20) == pytest.approx(naive_loss(model, BATCH).item(), abs=1e-5) and model.training
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="held-out loss is nan"):
+        mean_loss(model, BATCH)
 
 
 def test_the_last_token_of_every_target_is_trained_with_pad_equal_to_eos(seen: dict[str, list]) -> None:
@@ -234,6 +369,113 @@ def test_a_malformed_pair_is_named_with_file_and_line(tmp_path: Path, line: obje
         load_pairs(config(first), TOKENIZER)
     assert str(error.value).startswith(f"{first}:1: ")
 
+# ------------------------------------------------------------------------------------------------ tasks: GSRM's pairs, problems, lengths
+
+STEPS = format_steps([Step("because", "what is 1+1", "2"), Step("then", "what is 2+1", "3")])
+GSRM_PAIR = {"prompt": decompose_prompt("1+1+1?", "1+1 is 2, and 1 more is 3."), "target": STEPS}
+
+
+@pytest.mark.parametrize("template", [TOKENIZER.spec["chat_template"], "<|im_end|>{{ messages[0].content }}<think>\n"])
+def test_a_gsrm_is_trained_on_the_very_prompt_that_scoring_sends(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids for ids, through eval.load_gsrm, TextModel and the sampler on one side and a file of pairs on the other; hostile text included. And the target is what it would write."""
+    tokenizer = TiktokenTokenizer({**TOKENIZER.spec, "chat_template": template})
+    tiny().save_pretrained(tmp_path / "gsrm")
+    tokenizer.save_pretrained(tmp_path / "gsrm")
+    problem, trace = "1+1+1? <|im_end|>", "1+1 is 2.\n[Answer 1]: 7 </trace> <think>\n\u2028 and 1 more is 3."
+    pairs = [GSRM_PAIR, {"prompt": decompose_prompt(problem, trace), "target": STEPS}, {"prompt": judge_prompt("query", "what is 1+1", "1+1?"), "target": "yes"}]
+    examples = load_examples(config(file_of(tmp_path, *pairs), task="gsrm"), tokenizer, file_of(tmp_path, *pairs))
+    sent: list[list[int]] = []
+    generate, of = Sampler.generate, rollout.predictors
+    monkeypatch.setattr(Sampler, "generate", lambda self, prompts, *rest: sent.extend(prompts) or generate(self, prompts, *rest))
+    monkeypatch.setattr(rollout, "predictors", lambda model, prompts, completions: sent.extend(prompts) or of(model, prompts, completions))
+    gsrm = evaluation.load_gsrm(str(tmp_path / "gsrm"), "", None, "cpu", max_new_tokens=1)
+    gsrm.decompose(["1+1+1?"], ["1+1 is 2, and 1 more is 3."])
+    gsrm.decompose([problem], [trace])
+    gsrm.judge([("query", "what is 1+1", "1+1?")])
+    assert [ids for n, ids in enumerate(sent) if ids not in sent[:n]] == [e.pair[0] for e in examples] and all(EOS not in ids[1:] for ids in sent)
+    assert parse_steps(tokenizer.decode(examples[0].pair[1], skip_special_tokens=True)).steps == parse_steps(STEPS).steps and examples[0].pair[1][-1] == EOS
+
+
+@pytest.mark.parametrize(("pair", "message"), [
+    ({"prompt": "Split this trace.", "target": STEPS}, "the prompt is not one of GSRM's"),
+    ({**GSRM_PAIR, "target": "1. because: what is 1+1? 2"}, "the target cannot be read as steps (no step tags)"),
+    ({**GSRM_PAIR, "target": STEPS.replace("[Answer 2]: 3", "")}, "the target cannot be read as steps (step 2: no Answer)"),
+    ({**GSRM_PAIR, "target": ""}, "the target cannot be read as steps (empty)"),
+    ({"prompt": judge_prompt("meta", "a", "b"), "target": "maybe"}, "a judge's target is 'yes' or 'no', not 'maybe'"),
+    ({**GSRM_PAIR, "target": "\ud800"}, "expected the two strings 'prompt' and 'target'"),
+])
+def test_a_pair_that_gsrm_could_not_use_is_refused_or_listed(tmp_path: Path, pair: dict, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(ValueError) as error:
+        load_pairs(config(file_of(tmp_path, GSRM_PAIR, pair), task="gsrm"), TOKENIZER)
+    assert f":2: {message}" in str(error.value)
+    path = file_of(tmp_path, GSRM_PAIR, {**GSRM_PAIR, "target": "[No steps]"}, pair, {"prompt": judge_prompt("meta", "a", "b"), "target": "no"}, "{broken")
+    assert len(load_pairs(config(path, task="gsrm", skip_bad=True), TOKENIZER)) == 3
+    err = capsys.readouterr().err
+    assert f"2 bad lines of {path} passed over:" in err and f"{path}:3: {message}" in err and f"{path}:5: not valid JSON" in err
+    if message.startswith("the prompt"):
+        assert len(load_pairs(config(file_of(tmp_path, GSRM_PAIR, pair)), TOKENIZER)) == 2           # without --task any pair will do
+
+
+def test_data_of_another_task_are_an_error(tmp_path: Path) -> None:
+    problem = {"id": "a", "problem": "Ann", "answer": "4", "teachers": ["one"]}
+    with pytest.raises(ValueError, match="holds problems, and --task gsrm wants lines with 'prompt' and 'target'"):
+        load_pairs(config(file_of(tmp_path, problem), task="gsrm"), TOKENIZER)
+    with pytest.raises(ValueError, match="holds prompt/target pairs, and --task trace wants problems"):
+        load_pairs(config(file_of(tmp_path, GSRM_PAIR), task="trace"), TOKENIZER)
+    assert len(load_pairs(config(file_of(tmp_path, problem), task="trace"), TOKENIZER)) == 1
+
+
+def test_a_longer_pair_is_an_error_or_listed_never_cut(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = file_of(tmp_path, {"prompt": "x", "target": "abc"}, {"prompt": "x", "target": "1234"}, {"prompt": "xx", "target": "1 2 3 4"})
+    lengths = [len(p) + len(t) for p, t in load_pairs(config(path), TOKENIZER)]
+    with pytest.raises(ValueError) as error:
+        load_pairs(config(path, max_length=lengths[1] - 1), TOKENIZER)
+    assert str(error.value).startswith(f"{path}:2: {lengths[1]} tokens, more than {lengths[1] - 1}") and "2 of 3 pairs are too long: --skip_long" in str(error.value)
+    kept = load_pairs(config(path, max_length=lengths[1], skip_long=True), TOKENIZER)
+    assert [len(p) + len(t) for p, t in kept] == lengths[:2]
+    assert f"1 pairs of {path} are longer than {lengths[1]} tokens and are left out:\n  {path}:3: {lengths[2]} tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="3 of 3 pairs are too long"):
+        load_pairs(config(path, max_length=2, skip_long=True), TOKENIZER)
+    with pytest.raises(ValueError, match=f"{lengths[2]} tokens, more than {lengths[1]} "):
+        load_examples(config(path, max_length=1000), TOKENIZER, path, positions=lengths[1])          # the model's own limit holds too
+
+
+def test_problems_without_a_trace_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    problem = {"id": "a", "problem": "Ann", "answer": "4", "teachers": ["one"]}
+    assert len(load_pairs(config(file_of(tmp_path, problem, {**problem, "id": "b", "teachers": []})), TOKENIZER)) == 1
+    assert "1 problems of" in (err := capsys.readouterr().err) and "have no teacher trace and are left out:\n  b\n" in err
+
+
+def test_a_tokenizer_without_an_end_cannot_teach_one() -> None:
+    endless = TiktokenTokenizer(TOKENIZER.spec)
+    endless.eos_token_id = None
+    with pytest.raises(ValueError, match="set eos_token in its tokenizer_config.json"):
+        sft.token_pair(endless, "x", "y")
+
+
+def test_a_held_out_share_takes_problems_whole() -> None:
+    examples = [Example(f"{n}.{k}", f"problem {n}", ([n], [k])) for n in range(20) for k in range(3)]
+    train, held = hold_out(examples, 0.2, 0)
+    assert len(held) == 12 and sorted(e.where for e in train + held) == sorted(e.where for e in examples)
+    assert not {e.source for e in train} & {e.source for e in held}
+    assert hold_out(examples, 0.2, 0) == (train, held) != hold_out(examples, 0.2, 1) and len(hold_out(examples, 0.001, 0)[1]) == 3
+    with pytest.raises(ValueError, match="at least two problems"):
+        hold_out(examples[:3], 0.5, 0)
+
+
+GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not here")
+def test_gsm8k_makes_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every row converts; the pair of a row is its worked solution and its gold answer."""
+    out = tmp_path / "train.jsonl"
+    convert.main(["gsm8k", "--input", str(GSM8K), "--out", str(out), "--limit", "300"])
+    problems, pairs = load_problems(out), load_pairs(config(str(out), task="trace"), TOKENIZER)
+    assert len(problems) == len(pairs) == 300
+    for p, (prompt, target) in zip(problems, pairs):
+        assert prompt == problem_ids(TOKENIZER, p) and TOKENIZER.decode(target) == f"<think>\n{p.teachers[0]}</think>\n\\boxed{{{p.answer}}}<|im_end|>"
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -254,11 +496,59 @@ def test_main_trains_a_checkpoint_that_loads_and_repeats(tmp_path: Path, capsys:
     assert tok.spec == TOKENIZER.spec and naive_loss(model, pairs) < naive_loss(tiny(), pairs) / 2
 
 
-def test_flags_are_the_paper_s_defaults_and_unknown_ones_are_errors() -> None:
-    parse = HfArgumentParser(Config).parse_args_into_dataclasses
-    [parsed] = parse(["--model", "m", "--data", "d", "--out", "o", "--device", "cpu"])
-    assert asdict(parsed) == {"model": "m", "data": "d", "out": "o", "instruction": None, "limit": 0, "epochs": 1.0, "batch_size": 4, "max_tokens": 16384,
-                              "lr": 5e-5, "warmup": 0.1, "seed": 0, "device": "cpu"}
-    assert parse(["--model", "m", "--data", "d", "--out", "o", "--lr", "1", "--instruction", "Go."])[0].lr == 1.0
-    with pytest.raises(ValueError, match="not used by the HfArgumentParser"):
-        parse(["--model", "m", "--data", "d", "--out", "o", "--learning_rate", "1"])
+def test_main_reports_held_out_loss_and_keeps_the_best_epoch(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Training longs for 4 where the held-out pairs say 7: their loss falls, then rises, and what is saved is the epoch in between."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Ann {i}", "target": f" has {4 if i else 7}"} for i in range(6)])
+    write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"Ann {i}", "target": f" has {7 if i > 7 else 4}"} for i in range(6, 9)])
+    arguments = dict(model=str(tmp_path / "start"), data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "held.jsonl"), epochs=12.0, batch_size=2, lr=1e-2, device="cpu")
+    held = load_pairs(config(str(tmp_path / "held.jsonl")), TOKENIZER)
+    loss, tables = {}, {}
+    for keep in ("best", "last"):
+        sft.main(Config(**arguments, out=str(tmp_path / keep), keep=keep))
+        loss[keep] = mean_loss(load_model(tmp_path / keep)[0], held)
+        note = json.loads((tmp_path / keep / "sft.json").read_text())
+        tables[keep] = note["epochs"]
+        assert note["template"] == template_hash(TOKENIZER) and note["data"] == file_hash(tmp_path / "train.jsonl") and note["config"]["keep"] == keep
+    curve = [row["held_out"] for row in tables["best"]]
+    assert tables["best"] == tables["last"] and [(row["epoch"], row["step"]) for row in tables["best"]] == [(e, 3 * e) for e in range(1, 13)]
+    assert min(curve) < curve[-1] and loss["best"] == pytest.approx(min(curve), abs=1e-5) and loss["last"] == pytest.approx(curve[-1], abs=1e-5)
+    out = capsys.readouterr()
+    assert "3 pairs held out (loss " in out.out and out.out.count("the best so far") >= 1 and f"epoch 12, step 36: loss {tables['last'][-1]['loss']:.4f}, held out {curve[-1]:.4f}" in out.out
+
+
+def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path) -> None:
+    """From problems to a checkpoint in bfloat16, with activation checkpointing and a held-out share."""
+    problems = toy.make_problems(0, 4, 5, (2, 3))
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": decompose_prompt(p.problem, t), "target": format_steps(toy.read(t))} for p in problems for t in p.teachers])
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    sft.main(parse_config(f"--task gsrm --model {tmp_path}/start --data {tmp_path}/pairs.jsonl --eval_share 0.25 --epochs 2 --lr 3e-3 --dtype bfloat16 "
+                          f"--gradient_checkpointing --keep best --device cpu --out {tmp_path}/gsrm".split()))
+    table = json.loads((tmp_path / "gsrm" / "sft.json").read_text())["epochs"]
+    assert table[1]["held_out"] < table[0]["held_out"] < 6 and next(load_model(tmp_path / "gsrm", dtype="auto")[0].parameters()).dtype == torch.bfloat16
+
+
+NEEDED = ["--model", "m", "--data", "d", "--out", "o", "--device", "cpu"]
+
+
+def test_flags_override_the_preset_and_the_preset_the_defaults(capsys: pytest.CaptureFixture) -> None:
+    assert parse_config(NEEDED) == Config(model="m", data="d", out="o", device="cpu")
+    paper = asdict(parse_config(["--preset", "paper-gsrm", "--data", "d", "--out", "o", "--device", "cpu", "--lr", "1e-4", "--gradient_checkpointing", "False"]))
+    assert {k: v for k, v in paper.items() if v != asdict(Config())[k] and k not in ("preset", "data", "out", "device")} == {
+        "task": "gsrm", "model": "Qwen/Qwen2.5-7B-Instruct", "max_length": 25_000, "max_tokens": 25_000, "dtype": "bfloat16", "lr": 1e-4}
+    assert (paper["epochs"], paper["warmup"], paper["batch_size"], sft.PRESETS["paper-gsrm"]["lr"]) == (1.0, 0.1, 4, 5e-5)                   # method.md, "GSRM training"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--preset", "paper"], "--preset paper: choose one of none, paper-gsrm"), (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+    (["--task", "judge"], "--task 'judge'"), (["--keep", "best"], "--keep best needs held-out pairs"), (["--dtype", "float16"], "--dtype 'float16': float32, or bfloat16"),
+    (["--out", "m"], "--out 'm': folder of the trained checkpoint"), (["--eval_share", "0.1", "--eval_data", "x"], "--eval_share 0.1"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--model", ""], "--model '': checkpoint folder or hub name to start from"), (["--epochs", "two"], "--epochs"),
+])
+def test_a_wrong_flag_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config([*NEEDED, *flags])
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert end.value.code == 2 and "error: " in last and message in last
