@@ -1,63 +1,192 @@
-"""Checkpoints: everything that an exact resume needs, and nothing else: model, tokenizer, optimiser, step.
+"""Checkpoints: everything that an exact resume needs, and nothing else: parameters, optimiser, step.
 
-All randomness of a step comes from (seed, step), so there is no generator state to keep. Tensors are safetensors, the rest is JSON: no pickle.
-A checkpoint is written aside and then renamed, so it is whole or it is not there. Left out on purpose: sharded and asynchronous writing.
+All randomness of a step comes from (seed, step), so there is no generator state to keep. torch.distributed.checkpoint writes the tensors, every process its
+shards, as safetensors, while training goes on; the rest is JSON: no pickle. A checkpoint is written aside, its files' hashes go into manifest.json, and only then
+it gets its name: what bears the name step_000050 is whole, and what was damaged later is found out. Any number of processes can go on from it.
+
+    python checkpoint.py out/toy/checkpoints/step_000100 --out out/at_100         # as a Hugging Face checkpoint, for eval.py and everybody else
+
+Left out on purpose: incremental checkpoints, remote storage.
 """
+import argparse
+import hashlib
 import json
 import shutil
+import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from data import Tokenizer, save_model
+from data import Tokenizer, load_tokenizer, save_model
+from parallel import all_max, rank
 
-FREE = {"steps", "resume", "save_every", "eval_problems", "eval_k", "max_tokens", "device", "out"}     # settings that may change between a run and its resume
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # one process without torchrun: that is meant
 
-
-def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Model, tokenizer, optimiser and step, written aside and then renamed: a checkpoint is whole or it is not there. The two before it are kept."""
-    aside = folder / f".step_{step:06d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(model, tokenizer, aside)
-    state = optimizer.state_dict()["state"]
-    save_file({f"{i}/{name}": value.contiguous() for i, entry in state.items() for name, value in entry.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(folder / f"step_{step:06d}", ignore_errors=True)
-    aside.rename(folder / f"step_{step:06d}")
-    for old in sorted(folder.glob("step_*"))[:-2]:
-        shutil.rmtree(old)
+FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max_tokens", "device", "out", "offload", "gradient_checkpointing", "log_to", "reward_timeout",
+        "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run"}     # settings that may change between a run and its resume
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Puts a checkpoint's optimiser state back; -> its step."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        i, name = key.split("/")
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name there: "model/NAME", and per trained parameter "step/NAME", "exp_avg/NAME", "exp_avg_sq/NAME". No copies."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters() if optimizer else ():
+        tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    return tensors
 
 
-def start_folder(out: Path, settings: dict, resume: str, writes: bool) -> Path | None:
-    """-> the checkpoint in `out` to go on from, None for a new run; log lines after it are cut off (by the process that `writes`), so that none is doubled.
-    ValueError where `out` holds a run that is not to be resumed, or one of other settings."""
-    checkpoints = sorted((out / "checkpoints").glob("step_*"))
+def manifest(folder: Path) -> dict[str, list]:
+    """{file: [bytes, sha256]} of a folder."""
+    return {file.name: [file.stat().st_size, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `folder`: the last `keep`, and of the others the one with the best training reward."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep, self.pool = folder, keep, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None            # the writer's own: it talks while training does
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int, **notes: float) -> None:
+        """Starts writing a checkpoint, and returns; `notes` (JSON) go beside the step into state.json. Raises what became of the one before."""
+        self.wait()
+        aside = self.folder / f".step_{step:06d}"
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(str(aside))
+            (aside / "state.json").write_text(json.dumps({"step": step, **notes}))
+        all_max(0)                                            # nobody writes before the folder is there
+        tensors = {name: x.clone() for name, x in named_tensors(model, optimizer).items()}         # training goes on in place while they are written
+        written = dcp.async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True), process_group=self.group, no_dist=self.group is None)
+        self.pending = self.pool.submit(self.complete, written, aside)
+
+    def complete(self, written: Future, aside: Path) -> None:
+        """In the background: all shards are there -> manifest, name, room made."""
+        try:
+            written.result()
+        except CheckpointException as error:
+            raise OSError(f"{aside.name[1:]} could not be written ({'; '.join(dict.fromkeys(str(e[0] if isinstance(e, tuple) else e) for e in error.failures.values()))})") from None
+        if rank() == 0:
+            (aside / "manifest.json").write_text(json.dumps(manifest(aside), indent=1))
+            final = aside.with_name(aside.name[1:])
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            for old in spare(self.folder, self.keep):
+                shutil.rmtree(old)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the last save is done (seconds=0: look, don't wait). OSError says why it could not be written; earlier checkpoints are untouched then."""
+        if self.pending and (seconds is None or self.pending.done()):
+            pending, self.pending = self.pending, None
+            try:
+                pending.result()
+            except OSError as error:
+                raise OSError(f"checkpoint: {error}; earlier ones in {self.folder} are untouched: make room, then go on with --resume auto") from None
+
+
+def spare(folder: Path, keep: int) -> list[Path]:
+    """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward."""
+    older = sorted(folder.glob("step_*"))[:-keep]
+    best = max(older, key=lambda path: (json.loads((path / "state.json").read_text()).get("reward") or -1e9, path.name), default=None)
+    return [path for path in older if path != best]
+
+
+def damage(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be used, "" if it is whole: every file of its manifest with its size and hash."""
+    try:
+        wanted = json.loads((checkpoint / "manifest.json").read_text())
+        found = {name: size for name, (size, _) in wanted.items() if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size}
+        if found:
+            return f"{next(iter(found))} is missing or cut short"
+        return next((f"{name} was changed" for name, entry in manifest(checkpoint).items() if name in wanted and entry != wanted[name]), "")
+    except (OSError, ValueError, AttributeError) as error:
+        return f"manifest.json cannot be read ({error})"
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """(the newest whole checkpoint, what was wrong with those passed over)."""
+    passed = []
+    for checkpoint in sorted(folder.glob("step_*"), reverse=True):
+        if not (why := damage(checkpoint)):
+            return checkpoint, passed
+        passed.append(f"{checkpoint}: {why}")
+    return None, passed
+
+
+def newest_of_all(folder: Path) -> tuple[Path | None, list[str]]:
+    """`newest`, as the first process sees it, on every process."""
+    checkpoint, passed = newest(folder) if rank() == 0 else (None, [])
+    step = int(all_max(int(checkpoint.name[5:]) if checkpoint else 0))
+    return (folder / f"step_{step:06d}" if step else None), passed
+
+
+def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Puts parameters and optimiser state back, into whatever shards they have now; -> state.json. ValueError for a checkpoint of another model."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    saved = reader.read_metadata().state_dict_metadata
+    shapes = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}
+    if wrong := {n: s for n, p in model.named_parameters() if (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
+        name = next(iter(wrong))
+        raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {dict(model.named_parameters()).get(name, torch.empty(0)).shape} here")
+    if optimizer:
+        optimizer.state.clear()
+        for name, p in model.named_parameters():
+            if f"exp_avg/{name}" in saved:
+                optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, requires_grad=False), "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
+    with torch.no_grad():
+        dcp.load(named_tensors(model, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def start_folder(out: Path, settings: dict, resume: str) -> tuple[Path | None, list[str]]:
+    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). Log lines after it are cut off, so that none is doubled.
+    ValueError where `out` holds a run that is not to be resumed, or one of other settings. A collective."""
     if resume not in ("", "auto"):
-        raise ValueError(f"--resume {resume}: only 'auto' (the newest checkpoint in --out) is known")
+        raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if not resume and (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with --resume auto")
     if not resume or not (out / "run.json").exists():
-        return None
+        return None, []
     before = json.loads((out / "run.json").read_text())["config"]
     if changed := [name for name in settings if name not in FREE and before.get(name) != settings[name]]:
         differ = ", ".join(f"--{name} was {before.get(name)!r}, is {settings[name]!r}" for name in changed)
         raise ValueError(f"--resume: {differ}; go on with the same settings, or choose another --out")
-    step = int(checkpoints[-1].name[5:]) if checkpoints else 0
+    checkpoint, passed = newest_of_all(out / "checkpoints")
+    step = int(checkpoint.name[5:]) if checkpoint else 0
     for name in ("log.jsonl", "rollouts.jsonl"):
-        if writes and (out / name).exists():
+        if rank() == 0 and (out / name).exists():
             lines = [line for line in (out / name).read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]     # a torn last line goes too
             (out / f".{name}").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             (out / f".{name}").rename(out / name)
-    return checkpoints[-1] if checkpoints else None
+    return checkpoint, passed
+
+
+def main() -> None:
+    """Writes a checkpoint's model and tokenizer as a Hugging Face folder."""
+    parser = argparse.ArgumentParser(description="A checkpoint of train.py as a Hugging Face folder.", allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="out/RUN/checkpoints/step_NNNNNN")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args()
+    if not args.checkpoint.is_dir() or (why := damage(args.checkpoint)):
+        sys.exit(f"error: {args.checkpoint} is not a whole checkpoint: {why if args.checkpoint.is_dir() else 'no such folder'}")
+    if args.out.exists():
+        sys.exit(f"error: {args.out} is there already: choose another --out")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.checkpoint))
+    state = load_checkpoint(args.checkpoint, model)
+    save_model(model, load_tokenizer(args.checkpoint), args.out)
+    print(f"step {state['step']} of {args.checkpoint} is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -254,9 +254,9 @@ class Masters:
             hook.remove()
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path) -> None:
-    """The inverse of load_model: a Hugging Face checkpoint folder."""
-    model.save_pretrained(path)
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The inverse of load_model: a Hugging Face checkpoint folder. `state`: the whole tensors, where the model itself has only shards."""
+    model.save_pretrained(path, state_dict=state)
     tokenizer.save_pretrained(str(path))
 
 

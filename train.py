@@ -3,19 +3,18 @@
     repeat:  sample G completions for each of P problems                                      rollout.py
              reward = w_s * structure (GSRM) + w_o * outcome + w_f * format                   gsrm.py, eval.py
              advantage = reward against the others of its group                               grpo.py
-             one step up the clipped policy gradient, held near the start by beta * KL        grpo.py, logprob.py
+             one step up the clipped policy gradient, held near the start by beta * KL        update.py: grpo.py, logprob.py
 
     python train.py                                              # the toy: 4 minutes on two CPU cores
     python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, outcome only
-    torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes
+    torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes (FSDP2; several machines: parallel.py)
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
 
 A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png, run.json
-(the configuration), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler. Sharding (FSDP2) is not here yet.
+(settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
 """
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,17 +23,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import HfArgumentParser, PreTrainedModel
 
 import eval as evaluation
+import parallel
 import report
-from checkpoint import load_optimizer, save_checkpoint, start_folder
-from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, problem_ids, save_model, split_completion, stop_and_pad_ids, whole_turns
-from grpo import combine_advantages, denominator, grpo_loss, scored_rows
+from checkpoint import Checkpoints, load_checkpoint, newest_of_all, start_folder
+from data import (
+    Problem,
+    Tokenizer,
+    append_jsonl,
+    data_file,
+    file_hash,
+    load_model,
+    load_problems,
+    problem_ids,
+    save_model,
+    split_completion,
+    stop_and_pad_ids,
+    template_hash,
+    whole_turns,
+)
+from grpo import combine_advantages, scored_rows
 from gsrm import GSRM, Score
-from logprob import linear_logprob, linear_policy_loss
-from rollout import Rollout, Sampler, check_head, micro_batches, predictors
+from parallel import gather_rows, rank, world
+from rollout import Sampler, check_head
+from update import reference_logp, update
+from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
 def flag(default, text: str):
@@ -84,9 +99,21 @@ class Config:
     eval_problems: int = flag(64, "evaluation problems (the first so many; 0: no evaluation)")
     eval_k: int = flag(8, "samples per evaluation problem")
     save_every: int = flag(50, "steps between checkpoints (0: only at the end)")
+    keep: int = flag(2, "checkpoints kept: the last so many, and the one with the best reward")
     resume: str = flag("", "auto: go on from the newest whole checkpoint in --out")
     seed: int = flag(0, "everything random follows from it")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    dtype: str = flag("float32", "what the models compute in: float32, or bfloat16 (the student's masters, gradients and moments stay float32)")
+    gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
+    offload: bool = flag(False, "the student's masters, gradients and moments rest in CPU memory (for cards of 24-40 GB; slower)")
+    reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards")
+    max_faults: int = flag(3, "steps in a row with a loss or gradient that is not finite: back to the last good checkpoint once, then the run ends")
+    warn_entropy: float = flag(0.02, "warn below so many nats a token")
+    warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
+    warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
+    warn_ratio: float = flag(1.0, "warn above this difference of sampler and trainer on a token, nats")
+    warn_unscored: float = flag(0.1, "warn above this share of completions without a reward")
+    log_to: str = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
 
 
 PRESETS: dict[str, dict] = {
@@ -94,34 +121,6 @@ PRESETS: dict[str, dict] = {
     "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
                 gsrm_max_new_tokens=200, w_outcome=0.25, beta=0.01, lr=3e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
 }
-
-# ------------------------------------------------------------------------------------------------ processes
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """x summed over processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def gather_rows(rows: list[dict]) -> list[dict]:
-    """Rows of every process on each of them, in rank order, as JSON bytes (no pickle)."""
-    if world() == 1:
-        return rows
-    data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
-    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, torch.nn.functional.pad(data, (0, int(max(sizes)) - len(data))))
-    return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].tolist()))]
 
 # ------------------------------------------------------------------------------------------------ one step, piece by piece
 
@@ -163,72 +162,6 @@ def advantages(rewards: dict[str, list[float | None]], config: Config) -> tuple[
     return combine_advantages(tables, weights, scored, config.combine, config.scale).flatten(), scored.flatten()
 
 
-def micro_loss(model: PreTrainedModel, reference: PreTrainedModel | None, prompts: list[list[int]], completions: list[list[int]], per_token: dict[str, torch.Tensor],
-               config: Config, tally: Callable[[dict[str, torch.Tensor]], None]) -> torch.Tensor:
-    """The loss share of one micro-batch. per_token: old_logp, advantages, denominator, (tokens,) in row order, as `predictors` gives them. The loss is
-    evaluated inside the head's matmul (linear_policy_loss, three matmuls instead of four) unless it couples the tokens of a row (level sequence)."""
-    head, T = model.get_output_embeddings().weight, config.temperature
-    hidden, targets = predictors(model, prompts, completions)                          # (tokens, D), (tokens,)
-    if reference is not None:
-        with torch.no_grad():
-            per_token["ref_logp"] = linear_logprob(predictors(reference, prompts, completions)[0], reference.get_output_embeddings().weight, targets, T)[0]
-    keep = torch.arange(max(map(len, completions))) < torch.tensor([[len(c)] for c in completions])                    # (n, T)
-    keep = (keep if config.level == "sequence" else torch.ones(len(targets), dtype=torch.bool)).to(targets.device)
-
-    def loss_of(logp: torch.Tensor, rows: slice) -> torch.Tensor:
-        lay = lambda x: x[rows] if keep.ndim == 1 else x.new_zeros(keep.shape).masked_scatter(keep, x)
-        x = {name: lay(value) for name, value in per_token.items()}
-        loss, sums = grpo_loss(logp if keep.ndim == 1 else lay(logp), x["old_logp"], x.get("ref_logp"), x["advantages"], keep[rows], x["denominator"].clamp_min(1),
-                               clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, kl_kind=config.kl_kind, level=config.level)
-        tally(sums)
-        return loss
-
-    if config.level == "sequence":
-        return loss_of(linear_logprob(hidden, head, targets, T)[0], slice(None))
-    return linear_policy_loss(hidden, head, targets, T, loss_of)[0]
-
-
-def update(model: PreTrainedModel, reference: PreTrainedModel | None, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rollout: Rollout,
-           adv: torch.Tensor, scored: torch.Tensor, config: Config) -> dict[str, float]:
-    """One optimiser step on all processes' rollouts; metrics are sums over all tokens, reduced once. A non-finite gradient skips the step."""
-    model.train()
-    mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
-    denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
-    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta)]      # the others have gradient 0
-    total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())}
-
-    def tally(part: dict[str, torch.Tensor]) -> None:
-        for name, value in part.items():
-            sums[name] = max(sums.get(name, 0.0), float(value)) if name.endswith("/max") else sums.get(name, 0.0) + float(value)
-
-    for piece in micro_batches([len(prompts[n]) + int(rollout.lengths[n]) for n in used], config.max_tokens):
-        rows = [used[i] for i in piece]
-        repeat = lambda x, rows=rows: x[rows].to(model.device).repeat_interleave(rollout.lengths[rows])
-        per_token = {"old_logp": rollout.logp[rows][rollout.mask[rows]], "advantages": repeat(adv), "denominator": repeat(denom)}
-        loss = micro_loss(model, reference, [prompts[n] for n in rows], [rollout.completion(n) for n in rows], per_token, config, tally)
-        loss.backward()
-        total += loss.item()
-    return apply_gradient(model, optimizer, total, sums, config)
-
-
-def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], config: Config) -> dict[str, float]:
-    """Sums gradients and metrics over processes (they add up: the loss was divided by the whole step's denominator), clips, steps; -> mean metrics."""
-    names = ["tokens", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-             "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"]
-    means = dict(zip(names, all_sum(torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()))
-    largest = torch.tensor([sums.get("sampling/sampling_logp_difference/max", 0.0)])
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        for p in model.parameters():
-            p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
-    norm, tokens = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm), means.pop("tokens")
-    stepped = bool(norm.isfinite()) and tokens > 0          # AdamW moves on its momentum even where every group was spread-less
-    if stepped:
-        optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": float(all_sum(torch.tensor(loss, dtype=torch.float64))), **{name: value / max(tokens, 1) for name, value in means.items()},
-            "sampling/sampling_logp_difference/max": float(largest), "grad_norm": float(norm), "skipped_step": float(not stepped)}
-
 # ------------------------------------------------------------------------------------------------ the run
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -245,7 +178,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     checks = {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "steps": config.steps >= 1, "max_new_tokens": config.max_new_tokens >= 1,
               "temperature": config.temperature > 0, "lr": config.lr > 0, "gsrm": bool(config.gsrm) or not config.w_structure, "updates_per_batch": config.updates_per_batch >= 1,
               "w_structure": any((config.w_structure, config.w_outcome, config.w_format)), "combine": config.combine in ("gdpo", "sum"), "scale": config.scale in ("std", "none"),
-              "aggregation": config.aggregation in ("token", "sequence", "fixed"), "level": config.level in ("token", "sequence"), "kl_kind": config.kl_kind in ("k1", "k2", "k3")}
+              "dtype": config.dtype in ("float32", "bfloat16"), "keep": config.keep >= 1, "max_faults": config.max_faults >= 1,
+              "log_to": config.log_to in ("", "wandb", "trackio", "tensorboard"), "resume": config.resume in ("", "auto"), "aggregation": config.aggregation in ("token", "sequence", "fixed"), "level": config.level in ("token", "sequence"), "kl_kind": config.kl_kind in ("k1", "k2", "k3")}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
              "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0",
              "temperature": "RL samples at a temperature above 0"}
@@ -265,84 +199,165 @@ def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     return problems, held_out[:config.eval_problems]
 
 
-def step_once(step: int, problems: list[Problem], model: PreTrainedModel, tokenizer: Tokenizer, reference: PreTrainedModel | None, optimizer: torch.optim.Optimizer, sampler: Sampler,
-              gsrm: GSRM | None, truth: Callable | None, config: Config) -> tuple[dict[str, float], list[dict]]:
-    """One training step: (metrics, rows for rollouts.jsonl), of all processes."""
-    clock = [time.time()]
+@dataclass
+class Run:
+    """What lives as long as a run: the models, what samples and scores with them, and what holds their state."""
+    config: Config
+    problems: list[Problem]
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    reference: PreTrainedModel | None
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    gsrm: GSRM | None
+    truth: Callable | None
+
+
+def set_up(config: Config, out: Path) -> Run:
+    """Models, sampler, reward model and optimiser at the start of a run."""
+    torch.manual_seed(config.seed)
+    problems = load_data(config)[0]
+    model, tokenizer = load_model(config.model, config.device)
+    check_head(model)
+    sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer))                # while it can still ask the model for its device
+    reference = load_model(config.model, config.device, config.dtype)[0].requires_grad_(False) if config.beta else None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if world() > 1 or config.dtype != "float32" or config.offload:
+        parallel.shard(model, config.dtype, config.offload)
+        reference = reference and parallel.shard(reference, config.dtype, config.offload)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize) if config.gsrm else None
+    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None)
+
+
+def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
+    """One training step: (metrics, rows for rollouts.jsonl, of all processes; this process's completions). `leave` may raise as long as nothing has moved."""
+    config, model, tokenizer, clock = run.config, run.model, run.tokenizer, [time.time()]
     mine = list(range(rank(), config.problems_per_step, world()))                                             # places in the step's list, dealt out
-    chosen = [problems[i] for i in cursor(len(problems), config.problems_per_step, config.seed, step)]
-    prompts = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
-    rollout = sampler.generate([prompts[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
+    chosen = [run.problems[i] for i in cursor(len(run.problems), config.problems_per_step, config.seed, step)]
+    asked = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
     rows = [i for i in mine for _ in range(config.group_size)]
-    texts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))])
+    with parallel.gathered(model):
+        rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
+    texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
-    rewards, scores = score([chosen[i] for i in rows], texts, rollout.finished.tolist(), gsrm, config)
-    true = evaluation.true_structure(truth, [chosen[i] for i in rows], texts)
+    rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
+    true = evaluation.true_structure(run.truth, problems, texts)
     adv, scored = advantages(rewards, config)
+    parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
+    leave()
     clock.append(time.time())
-    for group in optimizer.param_groups:
+    ref_logp = reference_logp(run.reference, prompts, rollout, config) if run.reference else None
+    clock.append(time.time())
+    for group in run.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
     for _ in range(config.updates_per_batch):
-        metrics = update(model, reference, optimizer, [prompts[i] for i in rows], rollout, adv, scored, config)
+        metrics = update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config)
     clock.append(time.time())
-    table = gather_rows(report.rollout_rows(step + 1, [chosen[i] for i in rows], texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
-    metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": optimizer.param_groups[0]["lr"], "step_time": clock[-1] - clock[0]}
-    metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "update"), clock, clock[1:])}
-    if gsrm:                                              # what scoring cost: like the times, it depends on what the caches already held
-        metrics |= {f"time/gsrm/{name}": value for name, value in gsrm.stats.items()}
-        gsrm.stats.clear()
-    return metrics, table
+    table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
+    metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": run.optimizer.param_groups[0]["lr"], "step_time": clock[-1] - clock[0]}
+    metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "reference", "update"), clock, clock[1:])}
+    metrics |= {"time/tokens_per_second": metrics["num_tokens"] / metrics["step_time"], "time/peak_memory_gb": peak_gigabytes(config.device)}
+    if run.gsrm:                                          # what scoring cost: like the times, it depends on what the caches already held
+        metrics |= {f"time/gsrm/{name}": value for name, value in run.gsrm.stats.items()}
+        run.gsrm.stats.clear()
+    if said := warnings(metrics, config):
+        metrics["warnings"] = said
+    return metrics, table, [rollout.completion(n) for n in range(len(rows))]
+
+
+def measure(run: Run, held_out: list[Problem], path: Path) -> str:
+    """Evaluates the student on the first process, the others wait; -> the means in words."""
+    with parallel.gathered(run.model):
+        return evaluation.before_after(run.model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
+
+
+def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
+    """The loop, from the step of `state` to the last. Leave: asked to end, the checkpoint is written. FloatingPointError: nothing finite comes any more."""
+    config, done, rewards, shown, track = run.config, state["step"], [], {}, tracker(run.config.log_to, out, run.config)
+    faults = Faults(config.max_faults, state.get("faults", 0), state.get("rolled_back", False))
+
+    def save() -> None:
+        mean = float(np.mean(rewards)) if rewards else math.nan
+        checkpoints.save(run.model, run.tokenizer, run.optimizer, done, reward=None if math.isnan(mean) else mean, faults=faults.in_row, rolled_back=faults.rolled_back)
+        rewards.clear()
+
+    with leaving() as leave:
+        try:
+            for step in range(done, config.steps):
+                metrics, table, tokens = step_once(run, step, leave)
+                done, saved = step + 1, False
+                rewards.append(metrics["reward"])
+                if rank() == 0:
+                    append_jsonl(out / "rollouts.jsonl", table)
+                    append_jsonl(out / "log.jsonl", [metrics])
+                    track(metrics)
+                    print(report.screen_line(metrics, config.steps, config.beta), flush=True)
+                    for name, text in metrics.get("warnings", {}).items():
+                        if done - shown.get(name, -20) >= 20:                  # each in log.jsonl every time, on the screen now and then
+                            shown[name] = done
+                            print(f"  warning: {text}", flush=True)
+                    if metrics["nonfinite"]:
+                        dump(out, metrics, table, tokens)
+                if verdict := faults.verdict(metrics["nonfinite"]):
+                    checkpoints.wait()
+                    good = newest_of_all(out / "checkpoints")[0]
+                    if verdict == "stop" or good is None:
+                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{', again after going back to a checkpoint' * (verdict == 'stop')}: "
+                                                 f"lower --lr, look at {out / 'faults'}, or at the data of those steps")
+                    load_checkpoint(good, run.model, run.optimizer)
+                    print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
+                if saved := bool(verdict) or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
+                    save()
+                checkpoints.wait(0)
+                leave()
+        except Leave as asked:
+            if done > state["step"] and not saved:
+                save()
+            checkpoints.wait()
+            raise Leave(asked.number, done) from None
 
 
 def main(config: Config) -> None:
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
-    start = start_folder(out, asdict(config), config.resume, rank() == 0)
-    if dist.is_initialized():
-        dist.barrier()                                    # every process has looked at the folder before one of them writes to it
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        (out / "run.json").write_text(json.dumps({"config": asdict(config), "torch": torch.__version__, "command": sys.argv}, indent=1))
+    start, passed = start_folder(out, asdict(config), config.resume)
+    for why in passed:
+        say(f"passed over {why}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
-    torch.manual_seed(config.seed)
-    problems, held_out = load_data(config)
-    model, tokenizer = load_model(start or config.model, config.device)
-    check_head(model)
-    sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer))
-    reference = load_model(config.model, config.device)[0].requires_grad_(False) if config.beta else None         # the start of the run, also after a resume
-    gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize) if config.gsrm else None
-    truth = evaluation.load_function(config.truth) if config.truth else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    first = load_optimizer(start, optimizer) if start else 0
-    measure = lambda name: evaluation.before_after(model, tokenizer, held_out, gsrm, truth, out / f"eval_{name}.jsonl", config) if held_out and rank() == 0 else None
-    say(f"{len(problems)} problems, student {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters" + (f", going on after step {first}" if first else ""), flush=True)
-    if first == 0 and held_out:
-        say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
-        say(f"before training: {measure('before')}", flush=True)
-    for step in range(first, config.steps):
-        metrics, table = step_once(step, problems, model, tokenizer, reference, optimizer, sampler, gsrm, truth, config)
-        if rank() == 0:
-            append_jsonl(out / "rollouts.jsonl", table)
-            append_jsonl(out / "log.jsonl", [metrics])
-            say(report.screen_line(metrics, config.steps, config.beta), flush=True)
-            if step + 1 == config.steps or config.save_every and (step + 1) % config.save_every == 0:
-                save_checkpoint(out / "checkpoints", model, tokenizer, optimizer, step + 1)
+    held_out, run = load_data(config)[1], set_up(config, out)
+    checkpoints = Checkpoints(out / "checkpoints", config.keep)
+    state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
     if rank() == 0:
-        save_model(model, tokenizer, out / "model")
+        files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if held_out else [])
+        (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
+    say(f"{len(run.problems)} problems, student {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f}M parameters" + (f", going on from {start}" if start else ""), flush=True)
+    if state["step"] == 0 and held_out:
+        say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
+        say(f"before training: {measure(run, held_out, out / 'eval_before.jsonl')}", flush=True)
+    try:
+        train_on(run, state, out, checkpoints)
+    finally:
+        checkpoints.wait()
+    whole = parallel.whole_state(run.model)
+    if rank() == 0:
+        save_model(run.model, run.tokenizer, out / "model", whole)
         report.plot([str(out)], out / "curve.png")
-        measure("after")
+    measure(run, held_out, out / "eval_after.jsonl")
+    if rank() == 0:
         report.print_end(out)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:                              # set by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    parallel.start()
     try:
         main(parse_config())
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except Leave as asked:
+        print(asked, file=sys.stderr)
+        sys.exit(128 + asked.number)                      # what a shell expects of a process that a signal has ended
+    finally:
+        parallel.finish()

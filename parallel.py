@@ -1,0 +1,152 @@
+"""Several processes: who am I, what do all of us have, and a model whose parameters are spread over all of us (torch's FSDP2).
+
+    torchrun --nproc_per_node 8 train.py ...                                                                   # one machine
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...         # the same line on each of two
+
+Master parameters, gradients and AdamW's moments are float32 and sharded. Forward and backward gather a layer at a time, in `dtype`; gradients are summed in
+float32. For sampling every layer stays gathered, so that processes may decode for as long as their rows need without a word to each other (`gathered`).
+A collective that one process leaves out hangs the others: whoever calls one here calls it on every process, the same number of times.
+
+Left out on purpose: tensor and pipeline parallelism, expert parallelism; one flat list of processes does for the sizes that this method is used at.
+"""
+import json
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+PATIENCE = timedelta(hours=2)                            # of a collective; waiting for rewards has a shorter one of its own (`meet`)
+_gate: list[dist.ProcessGroup] = []                      # what `meet` waits on
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def start() -> None:
+    """Joins the processes that torchrun started; without torchrun, nothing."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(BACKEND, timeout=PATIENCE)
+
+
+def finish() -> None:
+    """Leaves them."""
+    if dist.is_initialized():
+        _gate.clear()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """x summed over processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(value: float) -> float:
+    """The largest of the processes' values."""
+    x = torch.tensor(float(value), dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
+
+
+def gather_rows(rows: list[dict]) -> list[dict]:
+    """Rows of every process on each of them, in rank order, as JSON bytes (no pickle)."""
+    if world() == 1:
+        return rows
+    data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, int(max(sizes)) - len(data))))
+    return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].tolist()))]
+
+
+def meet(what: str, seconds: float) -> None:
+    """All processes wait here for each other, before the first collective after work of unknown length. RuntimeError names who did not come within `seconds`."""
+    if world() == 1:
+        return
+    if not _gate:
+        _gate.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        dist.monitored_barrier(_gate[0], timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"process {rank()} waited {seconds:.0f} s for the others after {what}: {str(error).splitlines()[0]} "
+                           "(a slow or hanging reward model? look at that process; --reward_timeout sets the patience)") from None
+
+# ------------------------------------------------------------------------------------------------ a sharded model
+
+def units(model: torch.nn.Module) -> list[FSDPModule]:
+    """The model's FSDP units, the root first; none where it is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False) -> PreTrainedModel:
+    """`model` (float32), its parameters spread over all processes, in place: one unit a layer, the rest (embedding, norm, head) one more. `dtype` is what it
+    computes in. offload: parameters, gradients and optimiser state rest in CPU memory. Also good for one process: float32 masters of a bfloat16 model."""
+    if not dist.is_initialized():
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be sharded")
+    policy = {"mesh": init_device_mesh(model.device.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+              "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()}
+    for layer in layers:
+        fully_shard(layer, **policy)
+    fully_shard(model, **policy, reshard_after_forward=False)
+    model.inside = types.MethodType(lambda self, call: call(), model)
+    register_fsdp_forward_method(model, "inside")
+    return model
+
+
+def inside(model: PreTrainedModel, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """call(), as the forward pass of `model`: if it is sharded, the embedding and the head are gathered in there, and the gradients of what comes out are scattered."""
+    return model.inside(call) if isinstance(model, FSDPModule) else call()
+
+
+@contextmanager
+def gathered(model: PreTrainedModel) -> Iterator[None]:
+    """All parameters stay whole on every process, in the dtype of computing, without gradients in mind: for sampling."""
+    for unit in units(model):
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units(model)[::-1]:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as one piece on this process; a collective where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict, tied weights once, whole on the CPU of process 0 (empty on the others); a tensor at a time, so that no device holds all of it twice."""
+    state: dict[str, torch.Tensor] = {}
+    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    for name, value in model.state_dict().items():
+        if name not in twice:
+            value = plain(value.detach())
+            if rank() == 0:
+                state[name] = value.cpu()
+    return state

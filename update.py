@@ -1,0 +1,118 @@
+"""One update of the policy: rollouts and their advantages in, one step of the optimiser out.
+
+    loss = sum over the step's tokens of (clipped policy term + beta * KL) / denominator            grpo.py says which terms and which denominator
+
+The denominator is that of all rows of all processes, so a micro-batch adds its plain share, gradients are sums, and the update depends neither on how the
+rows were cut nor on how they were dealt out. The log-probs are made inside the head's matmul (logprob.py), [N, V] logits are never held.
+A loss or a gradient that is not finite moves nothing, on any process: the step is skipped and reported.
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo import denominator, grpo_loss
+from logprob import linear_logprob, linear_policy_loss
+from parallel import all_max, all_sum, inside, plain, world
+from rollout import Rollout, micro_batches, predictors
+
+
+class Settings(Protocol):
+    """What an update reads of train.Config."""
+    temperature: float
+    aggregation: str
+    level: str
+    clip_low: float
+    clip_high: float
+    beta: float
+    kl_kind: str
+    max_new_tokens: int
+    max_tokens: int
+    max_grad_norm: float
+
+
+def even(pieces: list[list[int]]) -> list[list[int]]:
+    """As many micro-batches as the process with the most has: a sharded forward is a collective. An empty one is run on row 0 and counts for nothing."""
+    return pieces + [[]] * (int(all_max(len(pieces))) - len(pieces))
+
+
+@torch.no_grad()
+def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Rollout, config: Settings) -> torch.Tensor:
+    """(N, T) float32: log-prob of each sampled token under `model`, 0 behind a row's end."""
+    out = torch.zeros_like(rollout.logp)
+    for rows in even(micro_batches([len(p) + int(n) for p, n in zip(prompts, rollout.lengths)], config.max_tokens)):
+        def score(rows: list[int] = rows or [0]) -> torch.Tensor:
+            hidden, targets = predictors(model, [prompts[n] for n in rows], [rollout.completion(n) for n in rows])
+            return linear_logprob(hidden, model.get_output_embeddings().weight, targets, config.temperature)[0]
+        logp = inside(model, score)
+        if rows:
+            out[rows] = torch.zeros_like(out[rows]).masked_scatter(rollout.mask[rows], logp)
+    return out
+
+
+def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], per_token: dict[str, torch.Tensor], config: Settings,
+               tally: Callable[[dict[str, torch.Tensor]], None]) -> torch.Tensor:
+    """The loss share of one micro-batch. per_token: old_logp, advantages, denominator and perhaps ref_logp, (tokens,) in row order, as `predictors` gives them. The
+    loss is evaluated inside the head's matmul (linear_policy_loss, three matmuls instead of four) unless it couples the tokens of a row (level sequence)."""
+    head, T = model.get_output_embeddings().weight, config.temperature
+    hidden, targets = predictors(model, prompts, completions)                          # (tokens, D), (tokens,)
+    keep = torch.arange(max(map(len, completions))) < torch.tensor([[len(c)] for c in completions])                    # (n, T)
+    keep = (keep if config.level == "sequence" else torch.ones(len(targets), dtype=torch.bool)).to(targets.device)
+
+    def loss_of(logp: torch.Tensor, rows: slice) -> torch.Tensor:
+        lay = lambda x: x[rows] if keep.ndim == 1 else x.new_zeros(keep.shape).masked_scatter(keep, x)
+        x = {name: lay(value) for name, value in per_token.items()}
+        loss, sums = grpo_loss(logp if keep.ndim == 1 else lay(logp), x["old_logp"], x.get("ref_logp"), x["advantages"], keep[rows], x["denominator"].clamp_min(1),
+                               clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, kl_kind=config.kl_kind, level=config.level)
+        tally(sums)
+        return loss
+
+    if config.level == "sequence":
+        return loss_of(linear_logprob(hidden, head, targets, T)[0], slice(None))
+    return linear_policy_loss(hidden, head, targets, T, loss_of)[0]
+
+
+def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rollout: Rollout,
+           adv: torch.Tensor, scored: torch.Tensor, config: Settings) -> dict[str, float]:
+    """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp; metrics are means over all tokens, reduced once."""
+    model.train()
+    mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
+    denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
+    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta)]      # the others have gradient 0
+    total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())}
+
+    def tally(part: dict[str, torch.Tensor]) -> None:
+        for name, value in part.items():
+            sums[name] = max(sums.get(name, 0.0), float(value)) if name.endswith("/max") else sums.get(name, 0.0) + float(value)
+
+    for piece in even(micro_batches([len(prompts[n]) + int(rollout.lengths[n]) for n in used], config.max_tokens)):
+        rows = [used[i] for i in piece] or [0]
+        valid, repeat = rollout.mask[rows], lambda x, rows=rows: x[rows].to(rollout.logp.device).repeat_interleave(rollout.lengths[rows])
+        per_token = {"old_logp": rollout.logp[rows][valid], "advantages": repeat(adv), "denominator": repeat(denom)}
+        if ref_logp is not None:
+            per_token["ref_logp"] = ref_logp[rows][valid]
+        call = partial(micro_loss, model, [prompts[n] for n in rows], [rollout.completion(n) for n in rows], per_token, config, tally if piece else lambda part: None)
+        loss = inside(model, call) * bool(piece)
+        (loss * world()).backward()                                                     # FSDP2 averages over processes, shares are to be summed
+        total += loss.item()
+    return apply_gradient(model, optimizer, total, sums, config.max_grad_norm)
+
+
+def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
+    """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite."""
+    names = ["tokens", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+             "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"]
+    total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
+    means = dict(zip(names, values))
+    largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
+    norm, tokens = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens")
+    finite = math.isfinite(norm) and math.isfinite(total)
+    stepped = finite and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
+    if stepped:
+        optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": total, **{name: value / max(tokens, 1) for name, value in means.items()}, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
+            "skipped_step": float(not stepped), "nonfinite": float(not finite)}

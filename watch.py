@@ -1,0 +1,155 @@
+"""What keeps an eye on a run: why nothing is being learned, what to do about numbers that are not finite, signals, the run's record, dashboards.
+
+    python train.py --log_to tensorboard                   # or wandb, trackio: each is imported here and nowhere else, none is needed
+
+Nothing here changes a figure of the training: a run with every warning silenced is the same run.
+"""
+import json
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from parallel import all_max, rank, world
+
+# ------------------------------------------------------------------------------------------------ why nothing is being learned
+
+class Thresholds(Protocol):
+    """What `warnings` reads of train.Config."""
+    warn_entropy: float
+    warn_truncated: float
+    warn_spreadless: float
+    warn_ratio: float
+    warn_unscored: float
+    problems_per_step: int
+    group_size: int
+    updates_per_batch: int
+
+
+def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
+    """{short name: what is wrong with this step and what helps}, from its metrics; a function of nothing else, so that a resumed run says the same."""
+    rows, said = config.problems_per_step * config.group_size, {}
+    if m["entropy"] < config.warn_entropy and m["num_tokens"]:
+        said["entropy"] = (f"the entropy is {m['entropy']:.3f} nats a token (--warn_entropy {config.warn_entropy}): the student samples nearly the same completion every time, so a group "
+                           "has little to compare; raise --beta or --clip_high, lower --lr, or stop here")
+    if m["completions/clipped_ratio"] > config.warn_truncated:
+        said["truncated"] = (f"{m['completions/clipped_ratio']:.0%} of the completions were cut off at --max_new_tokens (--warn_truncated {config.warn_truncated}): their answers cannot be "
+                             "graded; raise the budget, or look at rollouts.jsonl whether the student ever stops (is its chat template the right one?)")
+    if m["frac_reward_zero_std"] > config.warn_spreadless:
+        said["spreadless"] = (f"in {m['frac_reward_zero_std']:.0%} of the groups all rewards are equal (--warn_spreadless {config.warn_spreadless}), so nothing is learned from them: the problems "
+                              "are too hard or too easy for this student, or --group_size is too small")
+    if config.updates_per_batch == 1 and m["sampling/sampling_logp_difference/max"] > config.warn_ratio:
+        said["ratio"] = (f"a token's log-prob differs by {m['sampling/sampling_logp_difference/max']:.2f} nats between sampler and trainer (--warn_ratio {config.warn_ratio}), though both are the same "
+                         "weights: bfloat16 does this to rare tokens; where the mean is large too, sampling and training disagree about the model")
+    if m["unscored"] > config.warn_unscored * rows:
+        said["unscored"] = (f"{m['unscored']:.0f} of {rows} completions have no reward (--warn_unscored {config.warn_unscored}): the reward model or the grader failed, see time/gsrm/* in log.jsonl; "
+                            "they are left out, not counted as 0")
+    if m["nonfinite"]:
+        said["nonfinite"] = "loss or gradient is not finite: the step was skipped on every process, its batch is in faults/"
+    return said
+
+
+class Faults:
+    """Steps in a row whose loss or gradient was not finite, and whether the run has been rolled back for it."""
+
+    def __init__(self, most: int, in_row: int = 0, rolled_back: bool = False):
+        self.most, self.in_row, self.rolled_back = most, in_row, rolled_back
+
+    def verdict(self, nonfinite: float) -> str:
+        """"" to go on, "roll back" once, "stop" after that."""
+        self.in_row = self.in_row + 1 if nonfinite else 0
+        if self.in_row < self.most:
+            return ""
+        self.in_row, again, self.rolled_back = 0, self.rolled_back, True
+        return "stop" if again else "roll back"
+
+
+def dump(out: Path, metrics: dict[str, float], table: list[dict], tokens: list[list[int]]) -> None:
+    """faults/step_N.json: all that is known of a step that was skipped; `tokens` are the completions' ids on the first process."""
+    (out / "faults").mkdir(exist_ok=True)
+    (out / "faults" / f"step_{metrics['step']:06d}.json").write_text(json.dumps({"metrics": metrics, "rollouts": table, "tokens": tokens}), encoding="utf-8")
+
+# ------------------------------------------------------------------------------------------------ asked to leave
+
+class Leave(Exception):
+    """The run was asked to end by signal number `number`, and every process agrees."""
+
+    def __init__(self, number: int, after: int = 0):
+        super().__init__(f"{signal.Signals(number).name}: stopped after step {after}; go on with --resume auto")
+        self.number = number
+
+
+@contextmanager
+def leaving() -> Iterator[Callable[[], None]]:
+    """Within: SIGTERM and SIGINT are noted; the function that this gives raises Leave on all processes when one of them was asked. A second signal ends at once."""
+    asked: list[float] = []                                  # number and time of the first signal
+
+    def heard(number: int, frame: object) -> None:
+        if asked:
+            if time.monotonic() - asked[1] > 5:            # torchrun passes on what the terminal has already told everybody
+                raise KeyboardInterrupt
+            return
+        asked.extend((number, time.monotonic()))
+        print(f"{signal.Signals(number).name}: leaving after the part of the step that runs now, with a checkpoint; once more to leave at once", file=sys.stderr, flush=True)
+
+    def check() -> None:
+        if number := int(all_max(asked[0] if asked else 0)):
+            raise Leave(number)
+    before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# ------------------------------------------------------------------------------------------------ the record, and dashboards
+
+def peak_gigabytes(device: str) -> float:
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def run_record(config: object, data: dict[str, str], template: str) -> dict:
+    """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files and of the chat template."""
+    here = Path(__file__).resolve().parent
+    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
+    versions = {}
+    for name in ("torch", "transformers", "triton", "tiktoken", "numpy", "math-verify", "safetensors"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    try:
+        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except FileNotFoundError:                                # no git here
+        commit = ""
+    return {"config": asdict(config), "command": sys.argv, "processes": world(), "versions": versions, "python": platform.python_version(), "commit": commit or None,
+            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), "data": data, "chat_template": template}
+
+
+def tracker(name: str, out: Path, config: object) -> Callable[[dict[str, float]], None]:
+    """A function that takes each step's metrics to `name` (wandb, trackio, tensorboard; "": nowhere). ImportError says what to install."""
+    if not name or rank():
+        return lambda metrics: None
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(out / "tensorboard"))
+            return lambda metrics: [writer.add_scalar(key, value, int(metrics["step"])) for key, value in metrics.items() if isinstance(value, int | float)] and writer.flush()
+        board = __import__("wandb" if name == "wandb" else "trackio")
+    except ImportError:
+        raise ImportError(f"--log_to {name}: pip install {name}, or leave the flag out (log.jsonl has every figure)") from None
+    board.init(project="nanoRLKD", name=out.name, config=asdict(config))
+    return lambda metrics: board.log({key: value for key, value in metrics.items() if isinstance(value, int | float)}, step=int(metrics["step"]))
