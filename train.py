@@ -337,10 +337,8 @@ def main(config: Config) -> None:
     if state["step"] == 0 and held_out:
         say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
         say(f"before training: {measure(run, held_out, out / 'eval_before.jsonl')}", flush=True)
-    try:
-        train_on(run, state, out, checkpoints)
-    finally:
-        checkpoints.wait()
+    train_on(run, state, out, checkpoints)
+    checkpoints.wait()
     whole = parallel.whole_state(run.model)
     if rank() == 0:
         save_model(run.model, run.tokenizer, out / "model", whole)
@@ -359,5 +357,4 @@ if __name__ == "__main__":
     except Leave as asked:
         print(asked, file=sys.stderr)
         sys.exit(128 + asked.number)                      # what a shell expects of a process that a signal has ended
-    finally:
-        parallel.finish()
+    parallel.finish()                                     # only then: after an error the others may hang in a collective, and torchrun ends them

@@ -1,0 +1,115 @@
+"""Several processes: the same update whatever their number, bfloat16 with float32 masters, offloading, and a process that fails or hangs ends the job with its name."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import ROOT, SMALL, config, data, lines, weights  # noqa: F401
+
+import parallel
+import train
+
+STEPS = ["--steps", "3", "--beta", "0.01", "--w_format", "0.5"]
+
+
+def torchrun(processes, script, *flags, timeout=120, launcher=()):
+    """A job of several processes; -> (status, stdout and stderr, seconds)."""
+    started = time.time()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *launcher, str(script), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stdout + done.stderr, time.time() - started
+
+
+def furthest(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):  # noqa: F811
+    """Three steps of one process, all rows in one micro-batch."""
+    out = tmp_path_factory.mktemp("alone")
+    train.main(config(data, out, *STEPS, "--max_tokens", "100000"))
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_three_steps_do_not_depend_on_the_micro_batch(data, alone, tmp_path, rows):  # noqa: F811
+    train.main(config(data, tmp_path, *STEPS, "--max_tokens", str(1 if rows == 1 else 110 * rows)))     # a row here has some 100 tokens
+    assert furthest(alone, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_three_steps_do_not_depend_on_the_number_of_processes(data, alone, tmp_path, processes):  # noqa: F811
+    """Three processes share four problems, so their micro-batches differ in number: a forward left out would hang."""
+    code, said, _ = torchrun(processes, "train.py", *SMALL, *STEPS, "--data", str(data), "--out", str(tmp_path), "--max_tokens", "220")
+    assert code == 0, said[-3000:]
+    assert furthest(alone, tmp_path) < 1e-5
+    for one, other in zip(lines(alone), lines(tmp_path), strict=True):
+        assert all(one[k] == other[k] for k in ("reward", "num_tokens", "frac_reward_zero_std")) and one["kl"] == pytest.approx(other["kl"], abs=1e-6)
+    assert sorted((alone / "rollouts.jsonl").read_text().splitlines()) == sorted((tmp_path / "rollouts.jsonl").read_text().splitlines())
+    if processes == 2:                                                     # and one process goes on from the shards of two
+        train.main(config(data, alone.parent / "four", *STEPS[2:], "--steps", "4"))
+        train.main(config(data, tmp_path, *STEPS[2:], "--steps", "4", "--resume", "auto"))
+        assert furthest(alone.parent / "four", tmp_path) < 1e-5 and [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def job(tmp_path, text):
+    """A script that changes train.py in one place and runs it."""
+    script = tmp_path / "job.py"
+    script.write_text("import os, sys, time, torch\nimport train, parallel, update\nreal = train.score\nparallel.start()\nme = parallel.rank()\n" + text +
+                      "\ntrain.main(train.parse_config())\nparallel.finish()\n")
+    return script
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(data, tmp_path):  # noqa: F811
+    """In two jobs' time: also resumed by torchrun after a process has died in step 3 (--max_restarts), with the steps before it from the checkpoint."""
+    script = job(tmp_path, """
+calls, loss, mark = [0], update.linear_policy_loss, sys.argv[0] + ".died"
+def score(*args):
+    calls[0] += 1
+    if calls[0] == 3 and me == 1 and not os.path.exists(mark):
+        open(mark, "w").close()
+        raise RuntimeError("the second process has an accident")
+    return real(*args)
+def spoiled(*args):
+    value, *rest = loss(*args)
+    return (value * float("nan") if calls[0] == 2 and me == 1 and not os.path.exists(mark) else value, *rest)
+train.score, update.linear_policy_loss = score, spoiled
+""")
+    code, said, _ = torchrun(2, script, *SMALL, "--steps", "4", "--data", str(data), "--out", str(tmp_path / "out"), "--save_every", "1", "--resume", "auto", launcher=("--max_restarts", "1"))
+    assert code == 0 and "the second process has an accident" in said, said[-3000:]
+    log = lines(tmp_path / "out")
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert [row["nonfinite"] for row in log][0] == 0 and all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+    fault, = (tmp_path / "out" / "faults").iterdir()
+    assert fault.name == "step_000002.json" and len(json.loads(fault.read_text())["rollouts"]) == 16
+
+
+def test_a_process_that_hangs_is_named_and_ends_the_job(data, tmp_path):  # noqa: F811
+    script = job(tmp_path, "def score(*args):\n    time.sleep(300 if me == 1 else 0)\n    return real(*args)\ntrain.score = score\n")
+    code, said, seconds = torchrun(2, script, *SMALL, "--steps", "2", "--data", str(data), "--out", str(tmp_path / "out"), "--reward_timeout", "2")
+    assert code != 0 and seconds < 120
+    assert "after scoring step 1" in said and "ank 1" in said and "--reward_timeout" in said, said[-3000:]
+
+
+@pytest.mark.parametrize("flags, near", [(("--offload", "True"), 1e-6), (("--dtype", "bfloat16"), 2e-3), (("--gradient_checkpointing", "True"), 1e-7)])
+def test_other_ways_to_hold_the_model_make_the_same_step(data, tmp_path, flags, near):  # noqa: F811
+    """One process, SGD-like distance after one AdamW step of 5e-4: bfloat16 samples other tokens now and then, its masters move all the same, in float32."""
+    code, said, _ = torchrun(1, "train.py", *SMALL, "--beta", "0.01", "--steps", "1", "--data", str(data), "--out", str(tmp_path / "b"), *flags)
+    assert code == 0, said[-3000:]
+    train.main(config(data, tmp_path / "a", "--steps", "1", "--beta", "0.01"))
+    assert furthest(tmp_path / "a", tmp_path / "b") < near
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "b").values())
+    if "bfloat16" in flags:
+        assert lines(tmp_path / "b")[0]["sampling/sampling_logp_difference/mean"] < 0.02
+
+
+def test_rows_of_one_process_are_the_rows():
+    assert parallel.gather_rows([{"a": 1}]) == [{"a": 1}] and parallel.all_max(3) == 3 and parallel.world() == 1 and parallel.rank() == 0
+    assert torch.equal(parallel.all_sum(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
+    parallel.meet("nothing", 0.0)
