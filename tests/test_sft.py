@@ -413,6 +413,9 @@ def test_a_pair_that_gsrm_could_not_use_is_refused_or_listed(tmp_path: Path, pai
     assert len(load_pairs(config(path, task="gsrm", skip_bad=True), TOKENIZER)) == 3
     err = capsys.readouterr().err
     assert f"2 bad lines of {path} passed over:" in err and f"{path}:3: {message}" in err and f"{path}:5: not valid JSON" in err
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_pairs(config(file_of(tmp_path, ""), task="gsrm"), TOKENIZER)
+    assert len(load_pairs(config(file_of(tmp_path, "{broken", {"prompt": "x"}, GSRM_PAIR), task="gsrm", skip_bad=True), TOKENIZER)) == 1     # whatever the first line is
     if message.startswith("the prompt"):
         assert len(load_pairs(config(file_of(tmp_path, GSRM_PAIR, pair)), TOKENIZER)) == 2           # without --task any pair will do
 
