@@ -457,7 +457,7 @@ def test_a_tokenizer_without_an_end_cannot_teach_one() -> None:
         sft.token_pair(endless, "x", "y")
 
 
-def test_a_held_out_share_takes_problems_whole() -> None:
+def test_a_held_out_share_takes_problems_whole(tmp_path: Path) -> None:
     examples = [Example(f"{n}.{k}", f"problem {n}", ([n], [k])) for n in range(20) for k in range(3)]
     train, held = hold_out(examples, 0.2, 0)
     assert len(held) == 12 and sorted(e.where for e in train + held) == sorted(e.where for e in examples)
@@ -465,6 +465,10 @@ def test_a_held_out_share_takes_problems_whole() -> None:
     assert hold_out(examples, 0.2, 0) == (train, held) != hold_out(examples, 0.2, 1) and len(hold_out(examples, 0.001, 0)[1]) == 3
     with pytest.raises(ValueError, match="at least two problems"):
         hold_out(examples[:3], 0.5, 0)
+    path = file_of(tmp_path, *[{"prompt": decompose_prompt(f"{n} + 1?", trace), "target": STEPS} for n in range(2) for trace in ("one way", "another way")])
+    assert len({e.source for e in load_examples(config(path), TOKENIZER, path)}) == 2             # two traces of one problem belong together
+    path = file_of(tmp_path, {"id": "a", "problem": "Ann", "answer": "4", "teachers": ["one", "two"]}, {"id": "b", "problem": "Bob", "answer": "4", "teachers": ["one"]})
+    assert [e.source for e in load_examples(config(path), TOKENIZER, path)] == ["Ann", "Ann", "Bob"]
 
 
 GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
