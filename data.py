@@ -122,7 +122,7 @@ def load_problems(path: str | Path, split: str = "train", skip_bad: bool = False
     """Problems of `data_file(path, split)`. Every line is checked, ids must be unique: ValueError at the first bad line. With skip_bad the bad lines are counted and
     listed on stderr instead, and so are problems that repeat an earlier one's text (they are kept)."""
     file, bad = data_file(path, split), [] if skip_bad else None
-    problems, seen, texts, repeats = [], {}, {}, []
+    problems, seen, texts, repeats = [], {}, {}, []                      # seen: id -> its place; texts: text -> its first id
     for where, record in read_jsonl(file, bad):
         try:
             problem = check_record(record, where)
@@ -210,7 +210,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     check_folder(path)
     with one_line(path):
         spec = Path(path) / "tiktoken.json"
-        return TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
+        tokenizer = TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
+        if not tokenizer.encode("1", add_special_tokens=False):              # what AutoTokenizer makes of a Qwen folder without tokenizer files
+            raise ValueError("its tokenizer knows no words: tokenizer files are missing")
+        return tokenizer
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
@@ -222,8 +225,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     if wrong := sorted(report["missing_keys"]) + sorted(f"{name} {tuple(have)} instead of {tuple(want)}" for name, have, want in report["mismatched_keys"]):
         raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
     return model.to(device).eval(), tokenizer
 

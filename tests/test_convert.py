@@ -445,6 +445,16 @@ def test_a_dropped_problem_is_no_earlier_one(tmp_path: Path, capsys: pytest.Capt
     run("gsm8k", file_of(tmp_path, questions("Held out?", "Held out!", "Free?")), tmp_path / "out.jsonl", "--exclude", held)
     assert capsys.readouterr().out == "3 rows read\n1 written\n2 dropped by --exclude: gsm8k-1, gsm8k-2\n"
 
+
+def test_a_bad_line_of_exclude_stops_or_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Left unread it would let its problem into training, so it is never passed over in silence."""
+    held = file_of(tmp_path, [{"id": "e", "problem": "Held out?", "answer": "1"}, {"id": "f", "problem": "Held out, too?"}, "{broken"], "held.jsonl")
+    source = file_of(tmp_path, questions("Held out?", "Held out, too?", "Free?"))
+    assert f"{held}:3: not valid JSON" in refused("gsm8k", source, tmp_path / "out.jsonl", "--exclude", held)
+    assert [p.id for p in run("gsm8k", source, tmp_path / "out.jsonl", "--exclude", held, "--skip_bad")] == ["gsm8k-2", "gsm8k-3"]
+    err = capsys.readouterr().err
+    assert f"2 bad lines of {held} passed over:" in err and f"  {held}:2: field 'answer'" in err and f"  {held}:3: not valid JSON" in err
+
 # ------------------------------------------------------------------------------------------------ the file that is written
 
 

@@ -1,24 +1,32 @@
 """Exact expectations for data.py: checked lines, both kinds of tokenizer, templates, stop ids. `python -m pytest tests/test_data.py`"""
+import hashlib
 import json
 import runpy
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+import data
 from data import (
     INSTRUCTION,
+    PLAIN_TEMPLATE,
     Problem,
     TiktokenTokenizer,
     Tokenizer,
     append_jsonl,
     chat_ids,
+    data_file,
+    file_hash,
     join_completion,
     load_model,
     load_problems,
@@ -28,8 +36,11 @@ from data import (
     read_jsonl,
     split_completion,
     stop_and_pad_ids,
+    template_hash,
     write_jsonl,
 )
+from rollout import Sampler
+from sft import token_pair
 
 GOOD = {"id": "p1", "problem": "How many has Ann?", "answer": "4", "teachers": ["She has 4.", "Ann has four."], "domain": "toy"}
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -41,7 +52,7 @@ SPEC = dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", 
 
 def file_of(folder: Path, *lines: dict | str) -> Path:
     path = folder / "problems.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
     return path
 
 # ------------------------------------------------------------------------------------------------ problems
@@ -73,6 +84,9 @@ def test_good_lines(tmp_path: Path) -> None:
     ("{'id': 1}", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
     (json.dumps(GOOD)[:-1], "not valid JSON ("),
     (json.dumps(GOOD) * 2, "not valid JSON (Extra data at column"),
+    ({**GOOD, "problem": "half a pair \ud800"}, "field 'problem' must be a non-empty string, got 'half a pair \\ud800' (surrogates not allowed)"),
+    ({**GOOD, "teachers": ["\udc00"]}, "field 'teachers' must be a list of non-empty strings"),
+    ("[" * 100_000, "not valid JSON (maximum recursion depth"),
 ])
 def test_a_bad_line_is_named_with_file_line_and_field(tmp_path: Path, line: dict | str, message: str) -> None:
     path = file_of(tmp_path, {**GOOD, "id": "first"}, "", line, {**GOOD, "id": "last"})
@@ -86,6 +100,40 @@ def test_an_id_used_twice_names_both_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         load_problems(path)
     assert str(error.value) == f"{path}:3: id 'p1' was used before, at {path}:1; ids must be unique"
+
+
+def test_a_line_that_is_not_utf8_is_named_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n" + b'{"id": "\xff"}\n')
+    with pytest.raises(ValueError) as error:
+        load_problems(path)
+    assert str(error.value).startswith(f"{path}:2: not valid JSON ('utf-8' codec can't decode byte 0xff")
+    assert [p.id for p in load_problems(path, skip_bad=True)] == ["p1"]
+
+
+def test_skip_bad_counts_and_lists_every_bad_line_and_tells_what_repeats(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = file_of(tmp_path, GOOD, "{broken", {**GOOD, "id": "p2"}, {**GOOD, "problem": "Other?"}, {**GOOD, "id": "p3", "answer": ""}, {**GOOD, "id": "p4", "problem": "New?"})
+    assert [p.id for p in load_problems(path, skip_bad=True)] == ["p1", "p2", "p4"]
+    out, err = capsys.readouterr()
+    assert not out and err.split("\n") == [
+        f"3 bad lines of {path} passed over:", f"  {path}:2: not valid JSON (Expecting property name enclosed in double quotes at column 2)",
+        f"  {path}:4: id 'p1' was used before, at {path}:1; ids must be unique", f"  {path}:5: field 'answer' must be a non-empty string, got ''",
+        f"1 problems of {path} repeat an earlier one, and were kept:", f"  {path}:3: 'p2' reads as 'p1'", ""]
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_problems(file_of(tmp_path, "{broken", "[]"), skip_bad=True)
+    load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2", "problem": "Other?"}), skip_bad=True)
+    assert capsys.readouterr().err.count("\n") == 3                  # the failed file's heading and its two lines; of a clean file nothing is said
+
+
+def test_hashes_name_a_file_and_a_template(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", [GOOD])
+    before = file_hash(data_file(tmp_path, "test"))
+    assert before == hashlib.sha256((tmp_path / "test.jsonl").read_bytes()).hexdigest()[:16]
+    append_jsonl(tmp_path / "test.jsonl", [GOOD])
+    assert file_hash(data_file(tmp_path / "test.jsonl")) != before
+    assert template_hash(words()) == hashlib.sha256(CHAT.encode()).hexdigest()[:16] != template_hash(TiktokenTokenizer({**SPEC, "chat_template": PREFILL}))
+    assert template_hash(TiktokenTokenizer({**SPEC, "chat_template": None})) == hashlib.sha256(PLAIN_TEMPLATE.encode()).hexdigest()[:16]
+    assert template_hash(huggingface(tmp_path, CHAT)) == template_hash(words())                  # the text counts, not whose tokenizer holds it
 
 
 def test_a_folder_holds_splits(tmp_path: Path) -> None:
@@ -199,6 +247,20 @@ def test_a_base_model_gets_the_plain_template(tmp_path: Path) -> None:
     assert ours.decode(chat_ids(ours, "a {{ b }} {% c")) == "User: a {{ b }} {% c\n\nAssistant: <think>\n"        # content is data, not a template
 
 
+R1 = ("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+      "{{ '<\uff5cUser\uff5c>' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}")
+
+
+def test_deepseek_r1_s_template(tmp_path: Path) -> None:
+    """BOS from the template and one from the post-processor would be two; the thinking is open; a user turn's special tokens are the template's own, once each."""
+    hf = huggingface(tmp_path, R1)
+    ids = chat_ids(hf, "How many?")
+    assert ids[0] == hf.bos_token_id and ids.count(hf.bos_token_id) == 1 and hf.decode(ids) == "<s><\uff5cUser\uff5c>How many?<\uff5cAssistant\uff5c><think>\n"
+    assert opening(hf) == "<think>" and hf.eos_token_id not in ids
+    prompt, target = token_pair(hf, "How many?", join_completion("Ann has 4.", "4"))
+    assert prompt == ids and hf.decode(target) == "Ann has 4.</think>\n\\boxed{4}<|im_end|>" and hf.bos_token_id not in target
+
+
 @pytest.mark.parametrize("template, opened", [(CHAT, ""), (PREFILL, "<think>"), (CHAT.replace("assistant\n", "assistant\n<think>\n"), "<think>"), (None, "<think>")])
 def test_what_the_prompt_has_written_of_the_answer(tmp_path: Path, template: str | None, opened: str) -> None:
     for tok in (TiktokenTokenizer({**SPEC, "chat_template": template}), huggingface(tmp_path, template)):
@@ -228,6 +290,110 @@ def test_stop_ids_are_every_way_to_end(tmp_path: Path) -> None:
     assert stop_and_pad_ids(model, words()) == ({261, 263}, 261)
     bare = TiktokenTokenizer({**SPEC, "special": ["<end>"], "eos": "<end>", "pad": "<end>"})
     assert stop_and_pad_ids(model, bare) == ({261}, 261)             # pad == eos
+
+
+def word_level(folder: Path, special: dict[str, str], vocabulary: tuple[str, ...] = ("Ann", "has", "four")) -> Tokenizer:
+    """A tokenizer that knows a few words and maps all others to one <unk>."""
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(("<unk>", *vocabulary, *dict.fromkeys(v for v in special.values() if v != "<unk>")))}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template="{{ messages[0].content }} :", **special).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_an_unknown_word_ends_nothing(tmp_path: Path) -> None:
+    """Without <|im_end|> in its vocabulary a word-level tokenizer encodes it as <unk>, one id: were that a stop id, any unknown word would end a completion."""
+    model, tok = tiny(16), word_level(tmp_path / "a", {"eos_token": "</s>"})
+    assert tok.encode("<|im_end|>", add_special_tokens=False) == tok.encode("whatever", add_special_tokens=False) == [0]
+    assert stop_and_pad_ids(model, tok) == ({tok.eos_token_id}, tok.eos_token_id) and tok.pad_token_id is None           # and no pad token: eos fills
+    same = word_level(tmp_path / "b", {"eos_token": "</s>", "pad_token": "</s>"})
+    assert stop_and_pad_ids(model, same) == ({same.eos_token_id}, same.eos_token_id)
+    known = word_level(tmp_path / "c", {"eos_token": "</s>", "pad_token": "<pad>"}, ("Ann", "<|endoftext|>"))
+    assert stop_and_pad_ids(model, known) == ({known.eos_token_id, 2}, known.pad_token_id)
+
+
+def test_a_tokenizer_without_an_end_says_what_to_do(tmp_path: Path) -> None:
+    model, tok = tiny(16), word_level(tmp_path, {})
+    with pytest.raises(ValueError, match="set eos_token in its tokenizer_config.json"):
+        stop_and_pad_ids(model, tok)
+    model.generation_config.eos_token_id = 3                         # the model knows one
+    assert stop_and_pad_ids(model, tok) == ({3}, 3)
+
+
+def test_ids_of_a_padded_embedding_have_no_text_and_do_no_harm(tmp_path: Path) -> None:
+    for tok in (words(), huggingface(tmp_path)):
+        ids = tok.encode("Ann has", add_special_tokens=False)
+        assert tok.decode([len(tok), *ids, len(tok) + 399, 151_999]) == "Ann has" == tok.decode([*ids, 10**6], skip_special_tokens=True)
+    folder = tmp_path / "padded"
+    tiny(len(words()) + 40).save_pretrained(folder)
+    words().save_pretrained(folder)
+    model, tok = load_model(folder)
+    model.get_output_embeddings().register_forward_hook(               # it says nothing but such an id
+        lambda module, args, out: torch.nn.functional.one_hot(torch.tensor(len(tok) + 7), out.shape[-1]).expand_as(out) * 99.0)
+    rollout = Sampler(model, *stop_and_pad_ids(model, tok)).generate([[1, 2]], 1, 3, 1.0)
+    assert rollout.completion(0) == [len(tok) + 7] * 3 and data.whole_turns(tok, [rollout.completion(0)]) == [""]
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be loaded: one line each
+
+
+def checkpoint(folder: Path, tied: bool = False) -> Path:
+    model = tiny(len(words()))
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model = AutoModelForCausalLM.from_config(model.config)
+    model.save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises((ValueError, OSError)) as error:
+        load_model(path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
+    return str(error.value)
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = "there is no such folder; give a checkpoint folder, or a hub name such as"
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "nowhere", "./nowhere", "a/b/c", "bad name", f"../{tmp_path.name}/nowhere"):
+        assert wanted in refused(path)
+    assert "is a file; give the folder that save_pretrained wrote" in refused(tmp_path / "file")
+    assert "no config.json in this folder" in refused(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert wanted in refused("out/gsmr")                             # beside a run's folders: not a name to ask the hub for
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "neither a folder here nor a hub name that can be reached (" in refused("nobody/nothing")
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "garbage", "gone", "config", "type", "tokenizer"])
+def test_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
+    folder = checkpoint(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    match damage:
+        case "half" | "empty" | "garbage":
+            weights.write_bytes({"half": whole[:len(whole) // 2], "empty": b"", "garbage": b"x" * 400}[damage])
+        case "gone":
+            weights.unlink()
+        case "config" | "type":
+            (folder / "config.json").write_text({"config": '{"a":', "type": '{"model_type": "none"}'}[damage])
+        case "tokenizer":
+            (folder / "tiktoken.json").unlink()
+    assert "cannot be loaded; save or copy it again (" in refused(folder)
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    """transformers fills them with random numbers and goes on."""
+    folder = checkpoint(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if name != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"})
+    assert "1 weights are missing or of another size (first: lm_head.weight)" in refused(folder)
+    save_file({**weights, "lm_head.weight": weights["lm_head.weight"][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
+    assert f"first: lm_head.weight ({len(words()) - 1}, 16) instead of ({len(words())}, 16)" in refused(folder)
+    model, _ = load_model(checkpoint(tmp_path / "tied", tied=True), dtype="bfloat16")            # a tied head is not in the file, and not missing
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight and model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
@@ -279,3 +445,11 @@ def test_main_shows_what_a_model_will_read(tmp_path: Path, monkeypatch: pytest.M
     runpy.run_path(str(Path(__file__).parent.parent / "data.py"), run_name="__main__")
     out, ids = capsys.readouterr().out, problem_ids(words(), Problem(**GOOD))
     assert f"{len(ids)} tokens: ['<|im_start|>', 'u', 's', 'e', 'r', '\\n'" in out and "id='p1'" in out
+    assert out.startswith(f"1 problems, 2 teacher traces; template {template_hash(words())}\n")
+    path = file_of(tmp_path, "{broken", GOOD)
+    for flags, says in (([], f"error: {path}:1: not valid JSON"), (["--skip_bad"], f"1 bad lines of {path} passed over:\n  {path}:1: not valid JSON")):
+        monkeypatch.setattr(sys, "argv", ["data.py", str(path), "--model", str(tmp_path / "model"), *flags])
+        with nullcontext() if flags else pytest.raises(SystemExit):
+            runpy.run_path(str(Path(__file__).parent.parent / "data.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert says in err and out.startswith("1 problems, 2 teacher traces") == bool(flags)

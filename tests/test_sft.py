@@ -186,6 +186,7 @@ def test_activation_checkpointing_gives_the_same_gradient_and_leaves_the_model_a
     calls = []
     for checkpointing in (False, True):
         model, count = family(kind), []
+        model.get_input_embeddings().requires_grad_(False)           # the reentrant kind would then learn nothing
         model.model.layers[0].self_attn.register_forward_hook(lambda *_, count=count: count.append(1))
         list(train_pairs(model, iter([BATCH]), 1, 1e-3, lambda progress: 1.0, checkpointing=checkpointing))
         calls.append(len(count))
@@ -412,6 +413,9 @@ def test_a_pair_that_gsrm_could_not_use_is_refused_or_listed(tmp_path: Path, pai
     assert len(load_pairs(config(path, task="gsrm", skip_bad=True), TOKENIZER)) == 3
     err = capsys.readouterr().err
     assert f"2 bad lines of {path} passed over:" in err and f"{path}:3: {message}" in err and f"{path}:5: not valid JSON" in err
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_pairs(config(file_of(tmp_path, ""), task="gsrm"), TOKENIZER)
+    assert len(load_pairs(config(file_of(tmp_path, "{broken", {"prompt": "x"}, GSRM_PAIR), task="gsrm", skip_bad=True), TOKENIZER)) == 1     # whatever the first line is
     if message.startswith("the prompt"):
         assert len(load_pairs(config(file_of(tmp_path, GSRM_PAIR, pair)), TOKENIZER)) == 2           # without --task any pair will do
 
@@ -453,7 +457,7 @@ def test_a_tokenizer_without_an_end_cannot_teach_one() -> None:
         sft.token_pair(endless, "x", "y")
 
 
-def test_a_held_out_share_takes_problems_whole() -> None:
+def test_a_held_out_share_takes_problems_whole(tmp_path: Path) -> None:
     examples = [Example(f"{n}.{k}", f"problem {n}", ([n], [k])) for n in range(20) for k in range(3)]
     train, held = hold_out(examples, 0.2, 0)
     assert len(held) == 12 and sorted(e.where for e in train + held) == sorted(e.where for e in examples)
@@ -461,6 +465,10 @@ def test_a_held_out_share_takes_problems_whole() -> None:
     assert hold_out(examples, 0.2, 0) == (train, held) != hold_out(examples, 0.2, 1) and len(hold_out(examples, 0.001, 0)[1]) == 3
     with pytest.raises(ValueError, match="at least two problems"):
         hold_out(examples[:3], 0.5, 0)
+    path = file_of(tmp_path, *[{"prompt": decompose_prompt(f"{n} + 1?", trace), "target": STEPS} for n in range(2) for trace in ("one way", "another way")])
+    assert len({e.source for e in load_examples(config(path), TOKENIZER, path)}) == 2             # two traces of one problem belong together
+    path = file_of(tmp_path, {"id": "a", "problem": "Ann", "answer": "4", "teachers": ["one", "two"]}, {"id": "b", "problem": "Bob", "answer": "4", "teachers": ["one"]})
+    assert [e.source for e in load_examples(config(path), TOKENIZER, path)] == ["Ann", "Ann", "Bob"]
 
 
 GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k_train.jsonl"
