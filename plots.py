@@ -60,7 +60,7 @@ def plot(runs: Sequence[str], path: Path) -> None:
 
 PANELS = {   # title -> metrics, the first that a run's log has is drawn; True: a share, drawn from 0 to 1
     "reward, weighted sum": (("reward",), False),
-    "structure reward": (("rewards/structure/mean", "true_structure"), True),
+    "structure reward (true one without GSRM)": (("rewards/structure/mean", "true_structure"), True),
     "accuracy (outcome reward)": (("rewards/outcome/mean",), True),
     "length, tokens": (("completions/mean_length",), False),
     "KL to the start, nats a token": (("kl",), False),
@@ -74,13 +74,12 @@ def small_multiples(runs: Sequence[str], path: Path) -> None:
     figure, grid = plt.subplots(2, 3, figsize=(11, 5.6), sharex=True, constrained_layout=True)
     for axes, (title, (keys, share)) in zip(grid.flat, PANELS.items()):
         for color, log in enumerate(logs.values()):
-            key = next((key for key in keys if key in log[0]), None)
-            if key and len((drawn := curve(log, key))[0]):
-                steps, y, smooth = drawn
+            steps, y, smooth = next((drawn for key in keys if (drawn := curve(log, key))[0]), ([], [], []))
+            if steps:
                 axes.plot(steps, y, color=f"C{color}", alpha=0.2, linewidth=0.8)
                 axes.plot(steps, smooth, color=f"C{color}", linewidth=1.6)
         axes.set_title(title, fontsize=10)
-        axes.set_ylim(*((0, 1) if share else (min(0.0, axes.get_ylim()[0]), None)))
+        axes.set_ylim(*((0, max(1.0, axes.dataLim.y1)) if share and axes.lines else (min(0.0, axes.get_ylim()[0]), None)))
         axes.grid(alpha=0.3)
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
