@@ -202,25 +202,24 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
     """Rows that an interrupted evaluation of the same settings left in `out`, those of a half-written problem cut off; none and a new record of the settings for a
     new one. ValueError where `out` holds anything else."""
-    record, rows = settings_path(out), []
-    if not record.is_file():
-        if out.exists():
-            raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
+    record = settings_path(out)
+    if not out.exists():                                  # a record without generations binds nobody
         out.parent.mkdir(parents=True, exist_ok=True)
         replace(record, lambda file: file.write_text(json.dumps(wanted, indent=1)))
         return []
+    if not record.is_file():
+        raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
     flat = lambda tree: {f"{part} {name}": value for part, values in tree.items() for name, value in (values.items() if isinstance(values, dict) else (("", values),))}
     before, now = flat(json.loads(record.read_text())), flat(wanted)
     if changed := [f"{name.strip()} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]:
         raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
-    if out.is_file():
-        text = out.read_text(encoding="utf-8")
-        whole = text[:text.rfind("\n") + 1]              # what follows the last line end was cut off in writing
-        replace(out, lambda file: file.write_text(whole, encoding="utf-8"))
-        rows = read_generations(out) if whole else []
-        count = Counter(row["id"] for row in rows)
-        rows = [row for row in rows if count[row["id"]] == k]
-        replace(out, lambda file: write_jsonl(file, rows))
+    text = out.read_text(encoding="utf-8")
+    whole = text[:text.rfind("\n") + 1]                  # what follows the last line end was cut off in writing
+    replace(out, lambda file: file.write_text(whole, encoding="utf-8"))
+    rows = read_generations(out) if whole else []
+    count = Counter(row["id"] for row in rows)
+    rows = [row for row in rows if count[row["id"]] == k]
+    replace(out, lambda file: write_jsonl(file, rows))
     return rows
 
 
