@@ -103,11 +103,8 @@ def by_sampler(sampler: Sampler, k: int, temperature: float, top_p: float, max_n
 
 
 def by_vllm(path: str, tokenizer: Tokenizer, k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int, dtype: str) -> Draw:
-    """The same from vLLM, token ids in and out, a seed of its own for every sample. Not covered by the tests; ImportError where vLLM is not installed."""
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise ImportError("--engine vllm needs vLLM: pip install vllm, or leave the flag out") from None
+    """The same from vLLM, token ids in and out, a seed of its own for every sample. Not covered by the tests."""
+    from vllm import LLM, SamplingParams
     stops, _ = stop_and_pad_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), tokenizer)    # vLLM adds those of generation_config.json
     engine = LLM(model=path, dtype=dtype, seed=seed)
 
@@ -172,12 +169,14 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """ValueError for a flag that cannot be."""
+    """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
     fine = {"k": config.k >= 1, "temperature": config.temperature >= 0, "top_p": 0 < config.top_p <= 1, "max_new_tokens": config.max_new_tokens >= 1, "limit": config.limit >= 0,
             "seed": config.seed >= 0, "engine": config.engine in ("own", "vllm"), "dtype": config.dtype in ("auto", "float32", "bfloat16", "float16")}
     if wrong := next((name for name, ok in fine.items() if not ok), None):
         raise ValueError(f"--{wrong} {getattr(config, wrong)}: " + {"k": "at least one sample per problem", "temperature": "0 (greedy) or above", "top_p": "above 0, at most 1",
                          "max_new_tokens": "at least 1", "limit": "0 (all) or above", "seed": "0 or above"}.get(wrong, Config.__dataclass_fields__[wrong].metadata["help"]))
+    if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ImportError("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
 
 
 def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]]) -> dict:
@@ -344,4 +343,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it stopped")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -99,7 +99,8 @@ def summary(rows: list[dict]) -> dict[str, Interval]:
         out[f"maj@{j}"] = interval(np.array([majority_at_k([r["answer"] for r in g], [r["correct"] for r in g], j) for g in groups]))
     for name in ("structure", "true_structure"):
         if any(r[name] is not None for r in rows):
-            out[name] = interval(problem_means(rows, lambda r, name=name: r[name]))
+            raw_sums = any(r[name] is not None and r[name] > 1 for r in rows)                        # --normalize False
+            out[name] = interval(problem_means(rows, lambda r, name=name: r[name]), math.inf if raw_sums else 1.0)
     out["length"], out["truncated"] = interval(problem_means(rows, lambda r: r["length"]), math.inf), interval(problem_means(rows, lambda r: r["stop"] == "length"))
     return out | {"ungraded": Interval(*(sum(r["correct"] is None for r in rows),) * 3)}
 
@@ -131,7 +132,7 @@ def structure_report(rows: list[dict]) -> tuple[dict[str, Interval], list[dict]]
     answer accuracy on the branch (its meta is the teacher's: is the answer right). And per step: samples judged there, the two shares, samples that left all branches there.
     The choices are those on the trace that was followed; of several traces a student may leave this one and never all of them. Unscored rows are left out."""
     scored = [row for row in rows if row["structure"] is not None]
-    figures = {"structure": interval(problem_means(scored, lambda r: r["structure"]), math.inf),      # without --normalize it may pass 1
+    figures = {"structure": summary(scored)["structure"],
                "choice accuracy": interval(problem_means(scored, lambda r: r["choices"])), "answer accuracy on the branch": interval(problem_means(scored, answers_right))}
     steps = []
     for i in range(max((len(r["steps"] or []) for r in scored), default=0)):
@@ -293,7 +294,7 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
                 if line.endswith("\n"):
                     raise ValueError(f"{file}:{number}: not valid JSON ({error.msg})") from None
                 break                                    # the line that a run is writing just now
-            if not isinstance(row, dict) or not {"id", "text", "steps", "left_at"} <= set(row):
+            if not isinstance(row, dict) or not {"id", "sample", "text", "steps", "left_at"} <= set(row):
                 raise ValueError(f"{file}:{number}: not a completion: give the folder that train.py wrote (--out), or a file of eval.py")
             seen.add(row.get("step"))
             if step is None and kept and row.get("step") != kept[-1].get("step"):
