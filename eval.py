@@ -1,31 +1,44 @@
-r"""How good is a student? Samples, grades and scores its completions, and says how sure the figures are.
+r"""How good is a student? Samples, grades and scores its completions, stores every one of them, and says how sure the figures are.
 
-    mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      structure: mean structure reward on problems with teacher traces
+    mean@k: share of right samples      pass@k = 1 - C(n-c, k) / C(n, k)      maj@k: is the most frequent answer right      structure: mean structure reward
     interval = mean +- t(0.975, N-1) * sd(p_1..p_N) / sqrt(N), p_i the figure of problem i: N problems are the clusters, not N*k samples
 
+    python eval.py --model PATH --data aime24.jsonl --k 64       # T 0.6, top-p 0.95, 32768 new tokens; the same command goes on after an interruption
     python eval.py --model out/toy/model --data toy --k 16 --temperature 1 --top_p 1 --max_new_tokens 150 --gsrm toy/gsrm --truth toy:read
+    python eval.py rescore out/eval/FILE.jsonl                   # grades stored generations again, without sampling
+    python eval.py compare A.jsonl B.jsonl --plot compare.png    # paired by problem: difference, interval, p
+    python eval.py show out/toy --step 40                        # rollouts of a training run, step by step
     python eval.py plot out/toy out/grpo                         # learning curves of several runs -> curve.png
 
-Every generation is stored. Grading is in grade.py (three-valued: right, wrong, None = could not be graded; None never becomes 0).
+A generation is a JSON line with its token ids, text, gold answer and verdict; FILE.settings.json beside it says under what settings it was drawn. Each can be
+drawn again alone: `Sampler.generate([prompt], sample + 1, ..., seed=seed, index=[index])`, last row. Grading is in grade.py (three-valued: right, wrong,
+None = could not be graded; None never becomes 0).
 """
+import argparse
 import hashlib
 import importlib
 import importlib.util
 import json
+import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 
-from data import Problem, Tokenizer, chat_ids, load_model, load_problems, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
+from data import Problem, Tokenizer, append_jsonl, chat_ids, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from endpoint import Endpoint
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
-from report import correlation, plot, print_table, summary
+from plots import small_multiples
+from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
 from rollout import Sampler, TextModel
 
 # ------------------------------------------------------------------------------------------------ reward model and truth, from flags
@@ -78,20 +91,50 @@ def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Pro
 
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 
+Draw = Callable[[list[list[int]], list[int]], list[tuple[list[int], bool]]]      # prompts, their numbers -> k (token ids, ended by itself) of each, prompt-major
+
+
+def by_sampler(sampler: Sampler, k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> Draw:
+    """Completions from our own sampler."""
+    def draw(prompts: list[list[int]], index: list[int]) -> list[tuple[list[int], bool]]:
+        rollout = sampler.generate(prompts, k, max_new_tokens, temperature, top_p, seed, index)
+        return [(rollout.completion(n), bool(rollout.finished[n])) for n in range(k * len(prompts))]
+    return draw
+
+
+def by_vllm(path: str, tokenizer: Tokenizer, k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int, dtype: str) -> Draw:
+    """The same from vLLM, token ids in and out, a seed of its own for every sample. Not covered by the tests."""
+    from vllm import LLM, SamplingParams
+    stops, _ = stop_and_pad_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), tokenizer)    # vLLM adds those of generation_config.json
+    engine = LLM(model=path, dtype=dtype, seed=seed)
+
+    def draw(prompts: list[list[int]], index: list[int]) -> list[tuple[list[int], bool]]:
+        rows = [(prompt, int(np.random.SeedSequence([seed, i, g]).generate_state(1)[0])) for prompt, i in zip(prompts, index) for g in range(k)]
+        params = [SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=s, stop_token_ids=sorted(stops), detokenize=False) for _, s in rows]
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt, _ in rows], params)
+        return [(list(output.outputs[0].token_ids), output.outputs[0].finish_reason == "stop") for output in outputs]
+    return draw
+
+
+def scored_rows(tokenizer: Tokenizer, problems: list[Problem], index: list[int], drawn: list[tuple[list[int], bool]], temperature: float, seed: int,
+                gsrm: GSRM | None, truth: Callable | None) -> list[dict]:
+    """What is stored of each completion: where it came from, what it says, what it is worth."""
+    k = len(drawn) // len(problems)
+    of_row, texts = [p for p in problems for _ in range(k)], whole_turns(tokenizer, [ids for ids, _ in drawn])
+    right, true = grade_all(texts, [p.answer for p in of_row]), true_structure(truth, of_row, texts)
+    taught = [n for n, p in enumerate(of_row) if p.teachers] if gsrm else []
+    scores = dict(zip(taught, gsrm([of_row[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(of_row[n].teachers) for n in taught]))) if taught else {}
+    return [{"id": p.id, "index": index[n // k], "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "gold": p.answer,
+             "length": len(drawn[n][0]), "stop": "stop" if drawn[n][1] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
+             "left_at": scores[n].left_at if n in scores else None, "choices": scores[n].choices if n in scores else None, "text": texts[n], "problem": p.problem,
+             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None, "tokens": drawn[n][0]} for n, p in enumerate(of_row)]
+
+
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0,
              instruction: str | None = None, gsrm: GSRM | None = None, truth: Callable | None = None) -> list[dict]:
     """k sampled completions of each problem (one greedy one at temperature 0), graded and, where problems have teacher traces, structure-scored: a row each."""
-    k = k if temperature else 1
-    rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate([problem_ids(tokenizer, p, instruction) for p in problems], k, max_new_tokens, temperature, top_p, seed)
-    rows_of = [p for p in problems for _ in range(k)]
-    texts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows_of))])
-    right, true = grade_all(texts, [p.answer for p in rows_of]), true_structure(truth, rows_of, texts)
-    taught = [n for n, p in enumerate(rows_of) if p.teachers] if gsrm else []
-    scores = dict(zip(taught, gsrm([rows_of[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(rows_of[n].teachers) for n in taught]))) if taught else {}
-    return [{"id": p.id, "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "length": int(rollout.lengths[n]),
-             "stop": "stop" if rollout.finished[n] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
-             "left_at": scores[n].left_at if n in scores else None, "text": texts[n], "problem": p.problem,
-             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None} for n, p in enumerate(rows_of)]
+    draw, index = by_sampler(Sampler(model, *stop_and_pad_ids(model, tokenizer)), k if temperature else 1, temperature, top_p, max_new_tokens, seed), list(range(len(problems)))
+    return scored_rows(tokenizer, problems, index, draw([problem_ids(tokenizer, p, instruction) for p in problems], index), temperature, seed, gsrm, truth)
 
 
 def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> str:
@@ -117,29 +160,155 @@ class Config:
     judge: str = field(default="", metadata={"help": "its judge, if another checkpoint"})
     truth: str = field(default="", metadata={"help": "module:function that reads true steps"})
     gsrm_max_new_tokens: int = field(default=2048, metadata={"help": "budget of a written structure"})
+    instruction: str | None = field(default=None, metadata={"help": "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')"})
     seed: int = field(default=0, metadata={"help": "of the samples"})
-    out: str = field(default="", metadata={"help": "where the generations go (default: out/eval/<model>.jsonl)"})
+    out: str = field(default="", metadata={"help": "where the generations go (default: out/eval/<model>-<data>.jsonl)"})
+    engine: str = field(default="own", metadata={"help": "own, or vllm (pip install vllm)"})
+    dtype: str = field(default="auto", metadata={"help": "of the model: float32, bfloat16, float16, or auto: what the checkpoint was saved in"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
 
 
-def sample_rows(config: Config) -> tuple[list[dict], GSRM | None, Callable | None]:
-    """Rows of `evaluate` under the command's flags, with the reward model and the truth that scored them."""
-    problems = load_problems(config.data, "test")[:config.limit or None]
-    model, tokenizer = load_model(config.model, config.device)
-    room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(len(problem_ids(tokenizer, p)) for p in problems)
+def check(config: Config) -> None:
+    """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
+    fine = {"k": config.k >= 1, "temperature": config.temperature >= 0, "top_p": 0 < config.top_p <= 1, "max_new_tokens": config.max_new_tokens >= 1, "limit": config.limit >= 0,
+            "seed": config.seed >= 0, "engine": config.engine in ("own", "vllm"), "dtype": config.dtype in ("auto", "float32", "bfloat16", "float16")}
+    if wrong := next((name for name, ok in fine.items() if not ok), None):
+        raise ValueError(f"--{wrong} {getattr(config, wrong)}: " + {"k": "at least one sample per problem", "temperature": "0 (greedy) or above", "top_p": "above 0, at most 1",
+                         "max_new_tokens": "at least 1", "limit": "0 (all) or above", "seed": "0 or above"}.get(wrong, Config.__dataclass_fields__[wrong].metadata["help"]))
+    if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ImportError("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
+
+
+def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]]) -> dict:
+    """Everything that the generations follow from; a file is only gone on with under the same. `revision`: the hub's, of a model that is no folder here."""
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    weights = hashlib.sha256()
+    for file in sorted(Path(config.model).glob("*.safetensors")):
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
+    return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision, "weights_sha256": weights.hexdigest(),
+            "problems": len(problems), "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template),
+            "prompts_sha256": digest(prompts), "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "math-verify")
+                                                                                                    + (("vllm",) if config.engine == "vllm" else ())}}
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file aside and then renames it: an interruption leaves the old one."""
+    write(aside := path.with_name(f".{path.name}"))
+    aside.replace(path)
+
+
+def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
+    """Rows that an interrupted evaluation of the same settings left in `out`, those of a half-written problem cut off; none and a new record of the settings for a
+    new one. ValueError where `out` holds anything else."""
+    record = settings_path(out)
+    if not out.exists():                                  # a record without generations binds nobody
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace(record, lambda file: file.write_text(json.dumps(wanted, indent=1)))
+        return []
+    if not record.is_file():
+        raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
+    flat = lambda tree: {f"{part} {name}": value for part, values in tree.items() for name, value in (values.items() if isinstance(values, dict) else (("", values),))}
+    before, now = flat(json.loads(record.read_text())), flat(wanted)
+    if changed := [f"{name.strip()} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]:
+        raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
+    text = out.read_text(encoding="utf-8")
+    whole = text[:text.rfind("\n") + 1]                  # what follows the last line end was cut off in writing
+    replace(out, lambda file: file.write_text(whole, encoding="utf-8"))
+    rows = read_generations(out) if whole else []
+    count = Counter(row["id"] for row in rows)
+    rows = [row for row in rows if count[row["id"]] == k]
+    replace(out, lambda file: write_jsonl(file, rows))
+    return rows
+
+
+def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GSRM | None, Callable | None]:
+    """Rows of `evaluate` under the command's flags, with the reward model and the truth that scored them. With `out` they are stored there as the sampler's waves
+    finish, and what it holds already is not sampled again."""
+    check(config)
+    problems, own = load_problems(config.data, "test")[:config.limit or None], config.engine == "own"
+    model, tokenizer = load_model(config.model, config.device, config.dtype) if own else (None, load_tokenizer(config.model))
+    prompts = [problem_ids(tokenizer, p, config.instruction) for p in problems]
+    model_config = model.config if own else AutoConfig.from_pretrained(config.model)
+    longest, positions = max(map(len, prompts)), getattr(model_config, "max_position_embeddings", 1 << 30)
+    if (budget := min(config.max_new_tokens, positions - longest)) < 1:
+        raise ValueError(f"{config.data}: the longest prompt has {longest} tokens, the model {positions} positions: nothing can be sampled")
+    if budget < config.max_new_tokens:
+        print(f"--max_new_tokens lowered from {config.max_new_tokens} to {budget}: the model has {positions} positions, the longest prompt {longest} tokens")
+    k = config.k if config.temperature else 1
+    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts), k) if out else []
     gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens) if config.gsrm else None
     truth = load_function(config.truth) if config.truth else None
-    budget = min(config.max_new_tokens, room)
-    print(f"{len(problems)} problems x {config.k if config.temperature else 1} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens", flush=True)
-    return evaluate(model, tokenizer, problems, config.k, config.temperature, config.top_p, budget, config.seed, None, gsrm, truth), gsrm, truth
+    there = {row["id"] for row in rows}
+    todo = [i for i, p in enumerate(problems) if p.id not in there]
+    print(f"{len(problems)} problems x {k} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens"
+          + (f"; {len(there)} problems are in {out} already" if there else ""), flush=True)
+    sampling = (k, config.temperature, config.top_p, budget, config.seed)
+    sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer)) if own else None
+    draw = by_sampler(sampler, *sampling) if own else by_vllm(config.model, tokenizer, *sampling, config.dtype) if todo else None
+    wave = min(sampler.max_rows, sampler.max_tokens // (longest + budget)) if own else 1024                  # rows that are decoded together
+    for start in range(0, len(todo), size := max(1, wave // k)):
+        some = todo[start:start + size]
+        rows += (new := scored_rows(tokenizer, [problems[i] for i in some], some, draw([prompts[i] for i in some], some), config.temperature, config.seed, gsrm, truth))
+        if out:
+            append_jsonl(out, new)
+        if size < len(todo):
+            print(f"{len(there) + start + len(some)} of {len(problems)} problems, right so far: {np.mean([r['correct'] for r in rows if r['correct'] is not None] or [np.nan]):.3f}", flush=True)
+    return rows, gsrm, truth
+
+
+def rescore(file: str) -> None:
+    """Grades a file's generations again and replaces it at once; says how many verdicts changed, and how."""
+    rows = read_generations(file)
+    if bare := next((n for n, row in enumerate(rows, 1) if not isinstance(row.get("gold"), str)), None):
+        raise ValueError(f"{file}: generation {bare} has no gold answer to be graded against: give a file that eval.py wrote (--out)")
+    word, verdicts = {True: "right", False: "wrong", None: "not graded"}, grade_all([row["text"] for row in rows], [row["gold"] for row in rows])
+    changes = Counter(f"{word[row['correct']]} -> {word[verdict]}" for row, verdict in zip(rows, verdicts) if row["correct"] is not verdict)
+    replace(Path(file), lambda path: write_jsonl(path, [row | {"correct": verdict, "answer": final_answer(row["text"])} for row, verdict in zip(rows, verdicts)]))
+    print(f"{changes.total()} of {len(rows)} verdicts changed" + (f": {', '.join(f'{n} {what}' for what, n in changes.items())}" if changes else ""))
+
+
+def commands(argv: list[str]) -> None:
+    """`python eval.py rescore | compare | show | plot`: what works on stored generations and runs."""
+    parser = argparse.ArgumentParser(prog="python eval.py", allow_abbrev=False)
+    new = parser.add_subparsers(dest="command").add_parser
+    one = new("rescore", help="grade stored generations again")
+    one.add_argument("file", help="generations, as eval.py stores them")
+    two = new("compare", help="two evaluations, paired by problem: B - A with its 95 %% interval and p")
+    two.add_argument("a")
+    two.add_argument("b")
+    two.add_argument("--plot", type=Path, metavar="PNG", help="draw both pass@k curves with their bands")
+    completions = new("show", help="completions with their steps: the best, the middle and the worst, or those asked for")
+    completions.add_argument("out", type=Path, help="folder of a training run, or a file of generations")
+    completions.add_argument("--step", type=int, help="training step (default: the last)")
+    completions.add_argument("--problem", metavar="ID")
+    completions.add_argument("--sample", type=int, help="number in its group")
+    completions.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    curves = new("plot", help="learning curves of one or several runs")
+    curves.add_argument("runs", nargs="+", metavar="OUT")
+    curves.add_argument("--out", type=Path, default=Path("curve.png"))
+    curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
+    args = parser.parse_args(argv)
+    if args.command == "rescore":
+        rescore(args.file)
+    elif args.command == "compare":
+        compare(args.a, args.b, args.plot)
+    elif args.command == "show":
+        color = args.color == "always" or args.color == "auto" and sys.stdout.isatty()
+        print("\n\n".join(show(row, color) for row in rows_to_show(args.out, args.step, args.problem, args.sample)))
+    else:
+        (plot if args.simple else small_multiples)(args.runs, args.out)
+        print(f"wrote {args.out}")
 
 
 def main(config: Config) -> None:
-    rows, _, truth = sample_rows(config)
-    out = Path(config.out or f"out/eval/{Path(config.model).resolve().name}.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out, rows)
-    print_table({Path(config.model).name: summary(rows)})
+    slug = "_".join(part for part in Path(config.model).parts if part not in ("/", "..", "."))
+    out = Path(config.out or f"out/eval/{slug}-{Path(config.data).stem}.jsonl")
+    rows, _, truth = sample_rows(config, out)
+    print_table({Path(config.model).name: summary(rows)}, errors=True)
+    print("length: median {:.0f}, 90 % below {:.0f}, longest {:.0f} tokens".format(*np.quantile([row["length"] for row in rows], [0.5, 0.9, 1.0])))
+    if config.gsrm:
+        print_structure(rows)
     if config.gsrm and truth:
         print(f"r(structure, true_structure) = {correlation(rows):.3f}")
     print(f"generations in {out}")
@@ -166,10 +335,12 @@ def gsrm_main() -> None:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["plot"]:
-            plot(sys.argv[2:], Path("curve.png"))
-            print("wrote curve.png")
+        if sys.argv[1:2] and sys.argv[1] in ("rescore", "compare", "show", "plot"):
+            commands(sys.argv[1:])
         else:
-            main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
+            about = __doc__.split("\n")[0] + " Also: python eval.py rescore | compare | show | plot, each with --help"
+            main(HfArgumentParser(Config, description=about, allow_abbrev=False).parse_args_into_dataclasses()[0])
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it stopped")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")

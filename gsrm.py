@@ -116,13 +116,15 @@ def judge_prompt(kind: str, teacher: str, student: str) -> str:
 @dataclass(frozen=True)
 class Score:
     """value: the reward, None = unscored. steps: what each student step earned on the trace followed. left_at: index of the first student step off
-    every branch, None if it never left. trace: which teacher trace was followed. structure: the student's steps. reason: why there is no value."""
+    every branch, None if it never left. trace: which teacher trace was followed. structure: the student's steps. reason: why there is no value.
+    choices: for each step judged on that trace, was the sub-problem (meta and query) the teacher's; a last False may be where the trace was left."""
     value: float | None
     steps: list[float] = field(default_factory=list)
     left_at: int | None = None
     trace: int | None = None
     structure: list[Step] = field(default_factory=list)
     reason: str = ""
+    choices: list[bool] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Walk:
     student: list[Step]
     teacher: list[Step]
     credits: list[float] = field(default_factory=list)
+    queries: list[bool] = field(default_factory=list)    # of each step followed: was the query the same
     best: float = 0.0                                    # what it would have earned had every judgement that failed said yes
     left: bool = False
 
@@ -164,6 +167,7 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
                 verdicts = [known[w.pair("query")], known[w.pair("answer")]]
                 w.best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
                 w.credits.append(0.5 ** sum(v is None or v < 0.5 for v in verdicts))
+                w.queries.append(verdicts[0] is not None and verdicts[0] >= 0.5)
             else:
                 w.left = True
                 if meta is None:                         # had it said yes, every step from here on could have earned 1
@@ -181,7 +185,7 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool) -> Score:
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")
     earned, left_at = walks[top].credits, max(len(w.credits) for w in walks.values()) if all(w.left for w in walks.values()) else None
-    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student)
+    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student, choices=walks[top].queries + [False] * walks[top].left)
 
 # ------------------------------------------------------------------------------------------------ the judge and the model
 

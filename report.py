@@ -1,16 +1,21 @@
-"""What a run says: rows of rollouts.jsonl and log.jsonl, the line on the screen, tables with intervals, learning curves.
+"""What runs and evaluations say: rows of rollouts.jsonl and log.jsonl, the line on the screen, tables with intervals, paired comparison, single completions.
 
-Metric names are TRL's. A mean is over the completions of a step; what could not be scored or graded is left out of it and counted.
+Metric names are TRL's. A mean is over the completions of a step; what could not be scored or graded is left out of it and counted. In an evaluation the
+problems are the clusters: a figure is the mean over problems of each problem's own mean, its interval comes from their spread. Pictures are in plots.py.
 """
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data import Problem, read_jsonl
-from grade import mean_interval, pass_at_k
+from grade import majority_at_k, mean_interval, paired_bootstrap, pass_at_k
 from gsrm import Score
+from plots import pass_curves, plot  # noqa: F401  (train.py asks here for its curve.png)
 from rollout import Rollout
 
 # ------------------------------------------------------------------------------------------------ a training step
@@ -18,10 +23,10 @@ from rollout import Rollout
 def rollout_rows(step: int, problems: list[Problem], texts: list[str], rollout: Rollout, rewards: dict[str, list[float | None]], scores: list[Score | None],
                  adv: list[float], truth: list[float | None], group_size: int) -> list[dict]:
     """What rollouts.jsonl keeps of each completion."""
-    return [{"step": step, "id": p.id, "sample": n % group_size, "text": texts[n], "length": int(rollout.lengths[n]), "stop": "stop" if rollout.finished[n] else "length",
+    return [{"step": step, "id": p.id, "sample": n % group_size, "problem": p.problem, "gold": p.answer, "text": texts[n], "length": int(rollout.lengths[n]), "stop": "stop" if rollout.finished[n] else "length",
              "rewards": {name: values[n] for name, values in rewards.items()}, "advantage": adv[n], "true_structure": truth[n],
              "steps": [[s.meta, s.query, s.answer, earned] for s, earned in zip(scores[n].structure, scores[n].steps or [0.0] * len(scores[n].structure))] if scores[n] else None,
-             "left_at": scores[n].left_at if scores[n] else None, "trace": scores[n].trace if scores[n] else None} for n, p in enumerate(problems)]
+             "choices": scores[n].choices if scores[n] else None, "left_at": scores[n].left_at if scores[n] else None, "trace": scores[n].trace if scores[n] else None} for n, p in enumerate(problems)]
 
 
 def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: int) -> dict[str, float]:
@@ -52,30 +57,52 @@ def screen_line(m: dict[str, float], steps: int, beta: float) -> str:
 
 # ------------------------------------------------------------------------------------------------ an evaluation
 
-def summary(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
-    """metric -> (mean, low, high), 95 % with problems as clusters. Rows that could not be graded or scored are left out, and counted in `ungraded`."""
-    by_problem: dict[str, list[dict]] = {}
+class Interval(NamedTuple):
+    """A mean with its 95 % interval and standard error, problems as clusters."""
+    mean: float
+    low: float
+    high: float
+    error: float = 0.0
+
+
+def by_problem(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of each problem, in the order of the file."""
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        by_problem.setdefault(row["id"], []).append(row)
-    groups = list(by_problem.values())
+        groups.setdefault(row["id"], []).append(row)
+    return groups
 
-    def interval(value: Callable[[dict], float | None], most: float = 1.0) -> tuple[float, float, float]:
-        known = [[v for r in g if (v := value(r)) is not None] for g in groups]
-        mean, _, low, high = mean_interval(np.array([np.mean(vs) if vs else np.nan for vs in known]))
-        return mean, max(low, 0.0), min(high, most)                        # an interval ends where the measure does
 
+def problem_means(rows: list[dict], value: Callable[[dict], float | None | list[bool]]) -> np.ndarray:
+    """(P,) mean of value(row) over each problem's rows, in the order of the file; a row may give one number, several, or None = not known; NaN where nothing is."""
+    known = [[v for row in group for v in np.ravel(value(row)) if v is not None] for group in by_problem(rows).values()]
+    return np.array([np.mean(values) if values else np.nan for values in known], dtype=float)
+
+
+def interval(per_problem: np.ndarray, most: float = 1.0) -> Interval:
+    """mean_interval, cut at what the measure can be."""
+    mean, error, low, high = mean_interval(per_problem)
+    return Interval(mean, max(low, 0.0), min(high, most), error)
+
+
+def summary(rows: list[dict]) -> dict[str, Interval]:
+    """metric -> Interval. Rows that could not be graded or scored are left out, and counted in `ungraded`; pass@j needs all samples of a problem graded.
+    maj@1 is not listed: it is the mean."""
+    groups = list(by_problem(rows).values())
     k = min(len(g) for g in groups)
-    out = {f"mean@{k}": interval(lambda r: r["correct"])}
+    sizes = sorted({2**i for i in range(k.bit_length())} | {k})
+    out = {f"mean@{k}": interval(problem_means(rows, lambda r: r["correct"]))}
     graded = [g for g in groups if all(r["correct"] is not None for r in g)]
-    for j in [2**i for i in range(1, k.bit_length())]:
-        if graded:
-            mean, _, low, high = mean_interval(np.array([pass_at_k(len(g), sum(r["correct"] for r in g), j) for g in graded]))
-            out[f"pass@{j}"] = mean, max(low, 0.0), min(high, 1.0)
+    for j in sizes if graded and k > 1 else ():
+        out[f"pass@{j}"] = interval(np.array([pass_at_k(len(g), sum(r["correct"] for r in g), j) for g in graded]))
+    for j in sizes[1:] if "answer" in rows[0] else ():
+        out[f"maj@{j}"] = interval(np.array([majority_at_k([r["answer"] for r in g], [r["correct"] for r in g], j) for g in groups]))
     for name in ("structure", "true_structure"):
         if any(r[name] is not None for r in rows):
-            out[name] = interval(lambda r, name=name: r[name])
-    out["length"], out["truncated"] = interval(lambda r: r["length"], math.inf), interval(lambda r: r["stop"] == "length")
-    return out | {"ungraded": (sum(r["correct"] is None for r in rows),) * 3}
+            raw_sums = any(r[name] is not None and r[name] > 1 for r in rows)                        # --normalize False
+            out[name] = interval(problem_means(rows, lambda r, name=name: r[name]), math.inf if raw_sums else 1.0)
+    out["length"], out["truncated"] = interval(problem_means(rows, lambda r: r["length"]), math.inf), interval(problem_means(rows, lambda r: r["stop"] == "length"))
+    return out | {"ungraded": Interval(*(sum(r["correct"] is None for r in rows),) * 3)}
 
 
 def correlation(rows: list[dict]) -> float:
@@ -84,22 +111,205 @@ def correlation(rows: list[dict]) -> float:
     return float(np.corrcoef(pairs.T)[0, 1]) if len(pairs) > 1 and pairs.std(0).all() else float("nan")
 
 
-def print_table(columns: dict[str, dict[str, tuple[float, float, float]]]) -> None:
-    """One row a metric, one column a model: mean and 95 % interval."""
-    width = max(map(len, columns)) + 2
-    print(" " * 28 + "".join(f"{name:>{max(width, 26)}}" for name in columns))
+def print_table(columns: dict[str, dict[str, tuple]], errors: bool = False) -> None:
+    """One row a metric, one column a model: mean and 95 % interval, with `errors` one more digit and the standard error."""
+    number = lambda x: f"{x:.{2 if not errors else 3 if abs(x) < 10 else 1}f}"
+    def cell(mean: float, low: float, high: float, error: float = 0.0) -> str:
+        return number(mean) + ((f" +- {number(error)}" if errors else "") + f"  [{number(low)}, {number(high)}]" if low != high else "")
+    width = max(*map(len, columns), 34 if errors else 24) + 2
+    print(" " * 28 + "".join(f"{name:>{width}}" for name in columns))
     for metric in dict.fromkeys(m for column in columns.values() for m in column):
-        cells = [f"{c[metric][0]:.2f}" + (f"  [{c[metric][1]:.2f}, {c[metric][2]:.2f}]" if c[metric][1] != c[metric][2] else "") if metric in c else "-" for c in columns.values()]
-        print(f"{metric:<28}" + "".join(f"{cell:>{max(width, 26)}}" for cell in cells))
+        print(f"{metric:<28}" + "".join(f"{cell(*c[metric]) if metric in c else '-':>{width}}" for c in columns.values()))
 
 
-def show(row: dict) -> str:
-    """One completion with the steps that GSRM read in it, each marked by what it earned and where it left the teacher's branch."""
-    lines = [row["problem"], "", row["text"].strip(), ""]
+def answers_right(row: dict) -> list[bool]:
+    """Of each step that follows the teacher, is the answer the teacher's too: a half earned with the right sub-problem lost its other half here."""
+    return [earned == 1 or earned == 0.5 and not chosen for (*_, earned), chosen in zip(row["steps"] or [], row["choices"] or []) if earned]
+
+
+def structure_report(rows: list[dict]) -> tuple[dict[str, Interval], list[dict]]:
+    """How students follow the teacher: mean structure reward; choice accuracy (at a step on the branch, are the next meta and query the teacher's);
+    answer accuracy on the branch (its meta is the teacher's: is the answer right). And per step: samples judged there, the two shares, samples that left all branches there.
+    The choices are those on the trace that was followed; of several traces a student may leave this one and never all of them. Unscored rows are left out."""
+    scored = [row for row in rows if row["structure"] is not None]
+    figures = {"structure": summary(scored)["structure"],
+               "choice accuracy": interval(problem_means(scored, lambda r: r["choices"])), "answer accuracy on the branch": interval(problem_means(scored, answers_right))}
+    steps = []
+    for i in range(max((len(r["steps"] or []) for r in scored), default=0)):
+        choices, right = [r["choices"][i] for r in scored if len(r["choices"] or []) > i], [a[i] for r in scored if len(a := answers_right(r)) > i]
+        steps.append({"step": i + 1, "judged": len(choices), "choice": float(np.mean(choices)) if choices else math.nan,
+                      "answer": float(np.mean(right)) if right else math.nan, "left": sum(r["left_at"] == i for r in scored)})
+    return figures, steps
+
+
+def print_structure(rows: list[dict]) -> None:
+    """structure_report in words and bars."""
+    scored = [row for row in rows if row["structure"] is not None]
+    if not scored:
+        return print("structure: no sample could be scored (are there teacher traces in the data?)")
+    figures, steps = structure_report(rows)
+    never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
+    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + (f", {len(rows) - len(scored)} unscored or without" if len(rows) > len(scored) else ""))
+    for name, (mean, low, high, error) in figures.items():
+        print(f"{name:<32}{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]")
+    print("\n step  judged  choice right  answer right  left every branch here")
+    bar = lambda count: f"{count:7d} {count / len(scored):5.1%}  " + "#" * round(40 * count / len(scored))
+    share = lambda value: "-" if math.isnan(value) else f"{value:.3f}"
+    last = max((s["step"] for s in steps if s["judged"] or s["left"]), default=0)                    # steps behind the teacher's last have nothing to follow
+    for s in steps[:last]:
+        print(f"{s['step']:5d}{s['judged']:8d}{share(s['choice']):>14}{share(s['answer']):>14}{bar(s['left'])}")
+    print(f"{'never left':<41}{bar(never)}")
+    print(f"{'no steps':<41}{bar(empty)}\n" if empty else "")
+
+# ------------------------------------------------------------------------------------------------ stored generations
+
+FIELDS = ("id", "sample", "temperature", "correct", "structure", "true_structure", "length", "stop", "text")
+
+
+def read_generations(path: str | Path) -> list[dict]:
+    """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one."""
+    if not Path(path).is_file():
+        raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
+    try:
+        rows = read_jsonl(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file: give a file that eval.py wrote (--out)") from None
+    for where, row in rows:
+        if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
+            raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")
+    if not rows:
+        raise ValueError(f"{path}: holds no generations")
+    return [row for _, row in rows]
+
+
+def settings_path(out: Path) -> Path:
+    """Where the settings of the generations in `out` stand."""
+    return out.with_name(out.name.removesuffix(".jsonl") + ".settings.json")
+
+
+def samples_each(path: str, rows: list[dict]) -> int:
+    """k, the same for each problem; ValueError where it is not."""
+    counts = {name: len(group) for name, group in by_problem(rows).items()}
+    k = max(counts.values())
+    if uneven := next((name for name, count in counts.items() if count != k), None):
+        raise ValueError(f"{path}: problem {uneven} has {counts[uneven]} samples, others have {k}: if the evaluation was interrupted, run its command again")
+    return k
+
+
+def pair(paths: tuple[str, str], sides: list[list[dict]]) -> list[list[dict]]:
+    """Both sides' rows of the problems that both hold, in one order; says which are left out. ValueError where k or a problem differs, or none is shared."""
+    groups, ks = [by_problem(rows) for rows in sides], [samples_each(path, rows) for path, rows in zip(paths, sides)]
+    if ks[0] != ks[1]:
+        raise ValueError(f"{paths[0]} holds {ks[0]} samples per problem, {paths[1]} {ks[1]}: sample both with the same --k")
+    shared = [name for name in groups[0] if name in groups[1]]
+    if not shared:
+        raise ValueError(f"{paths[0]} and {paths[1]} share no problem id: they were made from different data")
+    for name in shared:
+        for what in ("problem", "gold"):
+            if None not in (a := groups[0][name][0].get(what), b := groups[1][name][0].get(what)) and a != b:
+                raise ValueError(f"problem {name}: the {'gold answer' if what == 'gold' else 'text'} is not the same in {paths[0]} and {paths[1]} ({str(a)[:40]!r}, {str(b)[:40]!r}): different data")
+    for path, group in zip(paths, groups):
+        if alone := [name for name in group if name not in shared]:
+            print(f"left out: {len(alone)} problems that only {path} holds: {', '.join(alone[:8])}{', ...' if len(alone) > 8 else ''}")
+    return [[row for name in shared for row in group[name]] for group in groups]
+
+
+def compare(first: str, second: str, picture: Path | None = None) -> dict[str, dict[str, float]]:
+    """Prints both files' figures and second - first by the paired bootstrap over the problems that both hold; -> metric -> paired_bootstrap's figures."""
+    paths, sides, differences, tables = (first, second), [read_generations(path) for path in (first, second)], {}, [{}, {}]
+    records = [json.loads(record.read_text())["config"] if (record := settings_path(Path(path))).is_file() else {} for path in paths]
+    for name in records[0] if all(records) else ():
+        if name not in ("model", "data", "limit", "k", "device") and records[0][name] != records[1].get(name):
+            print(f"note: --{name} was {records[0][name]!r} in {first}, {records[1].get(name)!r} in {second}")
+    for sampled in (True, False):
+        rows = [[row for row in side if bool(row["temperature"]) == sampled] for side in sides]
+        if not all(rows):
+            continue
+        rows = pair(paths, rows)
+        for table, side in zip(tables, rows):
+            figures = summary(side)
+            table |= figures if sampled else {"greedy": figures["mean@1"]} | ({} if table else figures)
+        measures = {next(m for m in tables[0] if m.startswith("mean@")) if sampled else "greedy": "correct"}
+        for name in ("structure", "true_structure") if "structure" not in differences else ():
+            measures |= {name: name} if all(any(row[name] is not None for row in side) for side in rows) else {}
+        for metric, key in measures.items():
+            a, b = (problem_means(side, lambda row, key=key: row[key]) for side in rows)
+            differences[metric] = paired_bootstrap(b, a) | {"problems": int((~np.isnan(a - b)).sum())}
+    if not differences:
+        raise ValueError(f"{first} and {second}: one holds greedy completions, the other sampled ones; there is nothing to compare")
+    labels = ["A " + Path(first).stem, "B " + Path(second).stem]
+    print_table(dict(zip(labels, tables)), errors=True)
+    print("\nB - A, paired by problem (bootstrap over problems)")
+    for metric, d in differences.items():
+        print(f"{metric:<28}{d['diff']:+.3f}  [{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}  {d['problems']} problems")
+    if picture:
+        if not any(metric.startswith("pass@") for metric in tables[0]):
+            raise ValueError("--plot: pass@k curves need several samples per problem (--k)")
+        pass_curves(dict(zip(labels, tables)), picture)
+        print(f"wrote {picture}")
+    return differences
+
+# ------------------------------------------------------------------------------------------------ single completions
+
+COLORS = {"+": "\033[32m", "~": "\033[33m", "x": "\033[31m", "?": "\033[2m"}
+
+
+def show(row: dict, color: bool = False) -> str:
+    """One completion, of an evaluation or of training, with the steps that GSRM read in it, each marked by what it earned and where it left the teacher's branch.
+    Control characters in a model's text do not reach the terminal."""
+    plain = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+    rewards = row.get("rewards") or {"structure": row.get("structure")}
+    where = [f"step {row['step']}"] if "step" in row else []
+    lines = [" ".join([*where, f"problem {row['id']}", f"sample {row['sample']}", ""])] if "sample" in row else []
+    lines += [plain(row["problem"]), "", ] if "problem" in row else []
+    lines += [plain(row["text"].strip()), ""]
     for i, (meta, query, answer, earned) in enumerate(row["steps"] or []):
-        left = row["left_at"] is not None and i >= row["left_at"]
-        lines.append(f"  {'x' if left else '+' if earned == 1 else '~'} {earned:4.2f}  {meta:<16} {query:<16} {answer}" + ("   <- left the teacher's branch" if i == row["left_at"] else ""))
-    return "\n".join(lines + [f"  structure reward {row['structure']}, true {row['true_structure']}, answer {row['answer']} ({'right' if row['correct'] else 'wrong'})"])
+        mark = "?" if rewards.get("structure") is None else "+" if earned == 1 else "~" if earned else "x"
+        line = f"  {mark} {earned:4.2f}  {plain(meta):<16} {plain(query):<16} {plain(answer)}"
+        if mark == "~" and row.get("choices"):
+            line += "   (sub-problem and answer differ)" if earned < 0.5 else "   (answer differs)" if row["choices"][i] else "   (sub-problem differs)"
+        line += "   <- left the teacher's branch" if i == row["left_at"] else ""
+        lines.append(COLORS[mark] + line + "\033[0m" if color else line)
+    if "rewards" in row:
+        parts = [f"{name} {'unscored' if value is None else f'{value:.2f}'}" for name, value in rewards.items()]
+        parts += [f"true structure {row['true_structure']:.2f}"] if row["true_structure"] is not None else []
+        parts += [f"advantage {row['advantage']:+.2f}", "stopped by itself" if row["stop"] == "stop" else "cut off at the limit", f"{row['length']} tokens"]
+        return "\n".join([*lines, "  " + ", ".join(parts) + (f", gold answer {row['gold']}" if "gold" in row else "")])
+    verdict = {True: "right", False: "wrong", None: "not graded"}[row["correct"]]
+    return "\n".join([*lines, f"  structure reward {row['structure']}, true {row['true_structure']}, answer {row['answer']} ({verdict})"])
+
+
+def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int | None) -> list[dict]:
+    """Completions of a training run's folder (its rollouts.jsonl, the last step or the given one) or of a file of generations: those of `problem` and `sample`,
+    without either the best, the middle and the worst by advantage. The file is read line by line: a long run's is large. ValueError where there is none."""
+    file = path / "rollouts.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"no rollouts at {file}: give the folder that train.py wrote (--out), or a file of eval.py")
+    kept, seen = [], set()
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if line.endswith("\n"):
+                    raise ValueError(f"{file}:{number}: not valid JSON ({error.msg})") from None
+                break                                    # the line that a run is writing just now
+            if not isinstance(row, dict) or not {"id", "sample", "text", "steps", "left_at"} <= set(row):
+                raise ValueError(f"{file}:{number}: not a completion: give the folder that train.py wrote (--out), or a file of eval.py")
+            seen.add(row.get("step"))
+            if step is None and kept and row.get("step") != kept[-1].get("step"):
+                kept = []                                # a later step has begun
+            if step is None or row.get("step") == step:
+                kept.append(row)
+    if not kept:
+        raise ValueError(f"{file}: no step {step}; it holds " + (f"steps {min(seen)} to {max(seen)}" if seen - {None} else "no training steps" if seen else "nothing"))
+    chosen = [row for row in kept if problem in (None, row["id"]) and sample in (None, row["sample"])]
+    if not chosen:
+        raise ValueError(f"{file}: no such completion; problems there: {', '.join(dict.fromkeys(row['id'] for row in kept))[:400]}, samples 0 to {max(row['sample'] for row in kept)}")
+    if problem is None and sample is None:
+        chosen.sort(key=lambda row: -(row.get("advantage") or row.get("structure") or float(row.get("correct") or 0)))
+        chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
+    return chosen
 
 
 def print_end(out: Path) -> None:
@@ -110,32 +320,10 @@ def print_end(out: Path) -> None:
             rows = [row for _, row in read_jsonl(out / f"eval_{when}.jsonl")] if (out / f"eval_{when}.jsonl").exists() else []
             sampled, greedy = [r for r in rows if r["temperature"]], [r for r in rows if not r["temperature"]]
             if rows:
-                columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | {("accuracy sampled" if m.startswith("mean@") else m): v for m, v in summary(sampled).items()}
-                columns[when] |= {"r(structure, true_structure)": (correlation(sampled),) * 3} if "true_structure" in columns[when] else {}
+                columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | {("accuracy sampled" if m.startswith("mean@") else m): v for m, v in summary(sampled).items() if m != "pass@1" and not m.startswith("maj@")}
+                columns[when] |= {"r(structure, true_structure)": Interval(*(correlation(sampled),) * 3)} if "true_structure" in columns[when] else {}
         print("\nheld-out problems, mean and 95 % interval (problems as clusters)")
         print_table(columns)
         best = max(sampled, key=lambda r: (bool(r["correct"]), -abs((r["structure"] or 0) - 0.7)))
         print(f"\none rollout after training, its steps as GSRM reads them (+ follows the teacher, ~ half right, x off the branch)\n{show(best)}")
     print(f"\nwrote {', '.join(sorted(str(p) for p in out.iterdir()))}")
-
-
-def plot(runs: list[str], path: Path) -> None:
-    """Learning curves of one or several runs' log.jsonl: structure and outcome reward, faint per step and smoothed, on one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    styles = {"rewards/structure/mean": ("C0", "structure (GSRM)"), "true_structure": ("C2", "structure (true)"), "rewards/outcome/mean": ("C1", "outcome: final answer right")}
-    for run, line in zip(runs, ("-", "--", ":", "-.") * len(runs)):
-        log = [row for _, row in read_jsonl(Path(run) / "log.jsonl")]
-        for key, (color, label) in styles.items():
-            if key in log[0] and not (key == "true_structure" and "rewards/structure/mean" in log[0]):
-                steps, y = [row["step"] for row in log], np.array([row[key] for row in log])
-                smooth = [y[max(0, i - 9): i + 1].mean() for i in range(len(y))]
-                axes.plot(steps, y, color=color, alpha=0.2, linewidth=0.8)
-                axes.plot(steps, smooth, line, color=color, label=label + (f", {Path(run).name}" if len(runs) > 1 else ""))
-    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

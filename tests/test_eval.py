@@ -3,6 +3,8 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 import eval as evaluation
 import report
 import toy
-from data import load_model, load_problems
+from data import load_model, load_problems, problem_ids, read_jsonl, stop_and_pad_ids
 from gsrm import exact_judge, structure_rewards
+from rollout import Sampler
 
 ROOT = Path(evaluation.__file__).parent
 
@@ -24,10 +27,10 @@ def test_summary_treats_problems_as_clusters():
     rows = [row("a", True), row("a", True), row("a", False), row("a", True), row("b", False), row("b", False), row("b", False), row("b", False)]
     s = report.summary(rows)
     assert s["mean@4"][0] == pytest.approx((0.75 + 0) / 2)
-    assert s["mean@4"][1:] == (0.0, 1.0)                                   # two problems say next to nothing; cut at what a share can be
+    assert s["mean@4"][1:3] == (0.0, 1.0)                                   # two problems say next to nothing; cut at what a share can be
     lengths = report.summary([row(name, True, length=n) for name, n in (("a", 400), ("a", 420), ("b", 430), ("b", 440))])["length"]
     half = 12.706 * (25 / math.sqrt(2)) / math.sqrt(2)                     # t(0.975, 1) * sd / sqrt(N)
-    assert lengths == pytest.approx((422.5, 422.5 - half, 422.5 + half), rel=1e-3)
+    assert lengths == pytest.approx((422.5, 422.5 - half, 422.5 + half, half / 12.706), rel=1e-3)
     assert s["pass@2"][0] == pytest.approx((1 - 0 / 6) / 2) and s["pass@4"][0] == 0.5
     assert s["truncated"][0] == 0 and s["length"][0] == 10 and s["ungraded"][0] == 0
 
@@ -65,6 +68,110 @@ def test_rows_say_what_was_sampled_and_can_be_drawn_again():
     assert len(greedy) == 3 and all(r["structure"] is None for r in greedy)
 
 
+CONFIG = evaluation.Config(model="toy/student", data="toy", k=3, limit=5, temperature=1.0, top_p=0.9, max_new_tokens=40, seed=5, device="cpu")
+
+
+@pytest.fixture
+def small_waves(monkeypatch):
+    """Waves of 6 rows: two problems with three samples each. -> the problems' numbers of each call of the sampler."""
+    asked, generate = [], Sampler.generate
+    monkeypatch.setattr(evaluation, "Sampler", partial(Sampler, max_rows=6))
+    monkeypatch.setattr(Sampler, "generate", lambda self, prompts, *args: (asked.append(args[-1]), generate(self, prompts, *args))[1])
+    return asked
+
+
+def test_any_stored_generation_can_be_drawn_again_alone(tmp_path, small_waves):
+    evaluation.main(replace(CONFIG, out=str(tmp_path / "rows.jsonl")))
+    rows, problems, (model, tok) = [r for _, r in read_jsonl(tmp_path / "rows.jsonl")], load_problems("toy", "test"), load_model("toy/student")
+    assert small_waves == [[0, 1], [2, 3], [4]] and [(r["id"], r["index"], r["sample"]) for r in rows] == [(problems[i].id, i, g) for i in range(5) for g in range(3)]
+    assert all(r["gold"] == problems[r["index"]].answer and r["length"] == len(r["tokens"]) and r["text"].endswith(tok.decode(r["tokens"], skip_special_tokens=True)) for r in rows)
+    settings, sampler = json.loads((tmp_path / "rows.settings.json").read_text())["config"], Sampler(model, *stop_and_pad_ids(model, tok))
+    for r in (rows[7], rows[14]):
+        again = sampler.generate([problem_ids(tok, problems[r["index"]])], r["sample"] + 1, settings["max_new_tokens"], r["temperature"], settings["top_p"], r["seed"], [r["index"]])
+        assert again.completion(r["sample"]) == r["tokens"] and ("stop" if again.finished[r["sample"]] else "length") == r["stop"]
+    assert len({tuple(r["tokens"]) for r in rows}) > 10
+
+
+@pytest.mark.parametrize("left", ["half a line", "half a problem", "half a first line", "nothing", "everything"])
+def test_an_interrupted_evaluation_goes_on(tmp_path, small_waves, left, capsys):
+    out = tmp_path / "rows.jsonl"
+    evaluation.main(replace(CONFIG, out=str(out)))
+    table, whole = capsys.readouterr().out.split("right so far")[-1].partition("mean@3")[2], out.read_text()
+    lines, todo = whole.splitlines(keepends=True), {"half a line": [[2, 3], [4]], "half a problem": [[1, 2], [3, 4]], "everything": []}.get(left, [[0, 1], [2, 3], [4]])
+    out.write_text({"half a line": "".join(lines[:6]) + lines[6][:40], "half a problem": "".join(lines[:4]), "half a first line": lines[0][:40], "nothing": "", "everything": whole}[left])
+    small_waves.clear()
+    evaluation.main(replace(CONFIG, out=str(out)))
+    assert small_waves == todo and out.read_text() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.settings.json"]
+    assert capsys.readouterr().out.partition("mean@3")[2] == table
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
+    out, data, lines = tmp_path / "rows.jsonl", tmp_path / "data.jsonl", (ROOT / "toy/test.jsonl").read_text().splitlines()[:2]
+    data.write_text("\n".join(lines))
+    config = replace(CONFIG, out=str(out), data=str(data))
+    evaluation.main(config)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != data}
+    for change, words in ((dict(k=4), "config k was 3, is 4"), (dict(temperature=0.0), "temperature"), (dict(seed=6), "seed"), (dict(model="toy/gsrm"), "weights_sha256"), (dict(instruction="How?"), "prompts_sha256")):
+        with pytest.raises(ValueError, match=f"other settings.*{words}.*choose another --out"):
+            evaluation.main(replace(config, **change))
+    data.write_text("\n".join(reversed(lines)))
+    with pytest.raises(ValueError, match="problems_sha256 was"):
+        evaluation.main(config)
+    (tmp_path / "mine.jsonl").write_text("precious")
+    with pytest.raises(ValueError, match="mine.jsonl exists already, without a record"):
+        evaluation.main(replace(config, out=str(tmp_path / "mine.jsonl")))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != data} == kept | {"mine.jsonl": b"precious"}
+
+
+def test_the_budget_is_lowered_to_the_models_positions_and_said(tmp_path, monkeypatch, capsys):
+    model, tok = load_model("toy/student")
+    longest = max(len(problem_ids(tok, p)) for p in load_problems("toy", "test")[:5])
+    model.config.max_position_embeddings = longest + 7
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: (model, tok))
+    rows, _, _ = evaluation.sample_rows(replace(CONFIG, max_new_tokens=32768))
+    assert max(r["length"] for r in rows) == 7 and f"lowered from 32768 to 7: the model has {longest + 7} positions, the longest prompt {longest} tokens" in capsys.readouterr().out
+    model.config.max_position_embeddings = longest
+    with pytest.raises(ValueError, match="nothing can be sampled"):
+        evaluation.sample_rows(CONFIG)
+
+
+@pytest.mark.parametrize("change, words", [(dict(k=0), "--k 0"), (dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=0.0), "--top_p"), (dict(max_new_tokens=0), "--max_new"), (dict(limit=-1), "--limit"),
+                                           (dict(seed=-1), "--seed"), (dict(engine="sglang"), "--engine sglang: own, or vllm"), (dict(dtype="int4"), "--dtype")])
+def test_bad_flags_say_so_before_anything_is_loaded(change, words, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=words):
+        evaluation.sample_rows(replace(CONFIG, **change))
+
+
+def test_bad_data_names_its_line(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="data.jsonl:1: field 'id'"):
+        evaluation.main(replace(CONFIG, data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "rows.jsonl")))
+    assert not (tmp_path / "rows.jsonl").exists() and not (tmp_path / "rows.settings.json").exists()
+
+
+def test_vllm_missing_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="pip install vllm"):
+        evaluation.sample_rows(replace(CONFIG, engine="vllm"))
+
+
+def test_rescore_grades_again_and_says_what_changed(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"id": str(n), "sample": 0, "temperature": 1.0, "correct": old, "answer": "?", "gold": "\\frac{1}{2}", "structure": None, "true_structure": None, "length": 3, "stop": "stop",
+             "text": f"so</think>\\boxed{{{answer}}}"} for n, (answer, old) in enumerate((("1/2", False), ("2/4", None), ("3", True), ("0.5", True)))]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    evaluation.commands(["rescore", str(file)])
+    assert capsys.readouterr().out.strip() == "3 of 4 verdicts changed: 1 wrong -> right, 1 not graded -> right, 1 right -> wrong"
+    now = [r for _, r in read_jsonl(file)]
+    assert [(r["correct"], r["answer"]) for r in now] == [(True, "1/2"), (True, "2/4"), (False, "3"), (True, "0.5")] and [r["text"] for r in now] == [r["text"] for r in rows]
+    evaluation.commands(["rescore", str(file)])
+    assert capsys.readouterr().out.strip() == "0 of 4 verdicts changed" and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    file.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "gold"}) + "\n")
+    with pytest.raises(ValueError, match="generation 1 has no gold answer"):
+        evaluation.commands(["rescore", str(file)])
+
+
 def test_show_marks_each_step_and_where_it_left():
     text = report.show({"problem": "P?", "text": " trace</think>4", "answer": "4", "correct": True, "structure": 0.375, "true_structure": 0.375, "left_at": 2,
                         "steps": [["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5], ["m3", "q3", "a3", 0.0]]})
@@ -91,6 +198,25 @@ def run(*command):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def test_the_commands_on_what_a_run_leaves(tmp_path, capsys):
+    """A step's rollouts as train.py writes them, shown and drawn."""
+    model, tok = load_model("toy/student")
+    problems, gsrm = [p for p in load_problems("toy", "test")[:2] for _ in range(2)], evaluation.load_gsrm("toy:read", "", None, "cpu")
+    rollout = Sampler(model, *stop_and_pad_ids(model, tok)).generate([problem_ids(tok, p) for p in problems[::2]], 2, 60, 1.0)
+    texts = evaluation.whole_turns(tok, [rollout.completion(n) for n in range(4)])
+    scores = gsrm([p.problem for p in problems], texts, [list(p.teachers) for p in problems])
+    rows = report.rollout_rows(1, problems, texts, rollout, {"structure": [s.value for s in scores]}, scores, [0.5, -0.5, 1.0, -1.0], [None] * 4, 2)
+    evaluation.write_jsonl(tmp_path / "rollouts.jsonl", rows)
+    evaluation.write_jsonl(tmp_path / "log.jsonl", [report.log_row(1, rows, {"structure": 1.0}, 2)])
+    evaluation.commands(["show", str(tmp_path), "--problem", problems[2].id, "--sample", "1", "--color", "always"])
+    shown = capsys.readouterr().out
+    assert problems[2].problem in shown and texts[3].strip() in shown and "advantage -1.00" in shown and problems[0].problem not in shown and "\x1b[3" in shown
+    for flags in ([], ["--simple"]):
+        evaluation.commands(["plot", str(tmp_path), "--out", str(tmp_path / "c.png"), *flags])
+        assert (tmp_path / "c.png").stat().st_size > 5_000
+        (tmp_path / "c.png").unlink()
+
+
 def test_the_commands(tmp_path):
     out = tmp_path / "rows.jsonl"
     done = run("eval.py", "--model", "toy/student", "--data", "toy", "--k", "2", "--limit", "4", "--temperature", "1", "--max_new_tokens", "60", "--out", str(out))
@@ -98,8 +224,10 @@ def test_the_commands(tmp_path):
     assert {"id", "seed", "text", "stop", "correct", "answer"} <= set(json.loads(out.read_text().splitlines()[0]))
     done = run("gsrm.py", "eval", "--model", "toy/student", "--gsrm", "toy/gsrm", "--data", "toy", "--truth", "toy:read", "--k", "1", "--limit", "4")
     assert done.returncode == 0 and "exact" in done.stdout and "r(structure, true_structure)" in done.stdout, done.stderr[-1000:]
-    bad = run("eval.py", "--model", "toy/student", "--data", "nowhere.jsonl")
-    assert bad.returncode == 1 and "error: no problems at nowhere.jsonl" in bad.stderr and "Traceback" not in bad.stderr
+    bad = run("eval.py", "compare", str(out), "nowhere.jsonl")
+    assert bad.returncode == 1 and bad.stderr == "error: no generations at nowhere.jsonl: give a file that eval.py wrote (--out)\n"
+    with pytest.raises(FileNotFoundError, match="no problems at nowhere.jsonl"):
+        evaluation.main(replace(CONFIG, data="nowhere.jsonl"))
 
 
 def test_plot_draws_the_curves_of_several_runs(tmp_path):

@@ -1,0 +1,109 @@
+"""Pictures: a run's learning curves (curve.png, small multiples of several runs) and the pass@k curves of two evaluations. Drawn with matplotlib, which is loaded here only."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data import read_jsonl
+
+WINDOW = 10                            # steps that a smoothed curve looks back over
+
+
+def pictures():
+    """matplotlib.pyplot that draws to files and needs no screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def read_logs(runs: Sequence[str]) -> dict[str, list[dict]]:
+    """name -> rows of log.jsonl, for each run's folder; the name is the folder's own, or the whole path where two are called alike. ValueError if there is nothing to draw."""
+    if not runs:
+        raise ValueError("no run to plot: give the folders of one or several runs, for example out/toy")
+    names = [Path(run).resolve().name for run in runs]
+    logs = {}
+    for run, name in zip(runs, names):
+        if not (file := Path(run) / "log.jsonl").is_file():
+            raise ValueError(f"{run}: no log.jsonl there; give the folder that train.py wrote (--out)")
+        log = read_jsonl(file)
+        if bad := next((where for where, row in log if not isinstance(row, dict) or "step" not in row), None if log else f"{file}:1"):
+            raise ValueError(f"{bad}: expected the log line of a training step")
+        logs[name if names.count(name) == 1 else str(run)] = [row for _, row in log]
+    return logs
+
+
+def curve(log: list[dict], key: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Steps that have the metric, its values (a missing or unscored one is left out), and their mean over the last WINDOW of them."""
+    points = [(row["step"], row[key]) for row in log if isinstance(row.get(key), (int, float)) and np.isfinite(row[key])]
+    y = np.array([value for _, value in points])
+    return [step for step, _ in points], y, np.array([y[max(0, i - WINDOW + 1): i + 1].mean() for i in range(len(y))])
+
+
+def plot(runs: Sequence[str], path: Path) -> None:
+    """The front picture: structure and outcome reward of one or several runs, faint per step and smoothed, on one pair of axes."""
+    logs, plt = read_logs(runs), pictures()
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    styles = {"rewards/structure/mean": ("C0", "structure (GSRM)"), "true_structure": ("C2", "structure (true)"), "rewards/outcome/mean": ("C1", "outcome: final answer right")}
+    for (name, log), line in zip(logs.items(), ("-", "--", ":", "-.") * len(logs)):
+        for key, (color, label) in styles.items():
+            if key in log[0] and not (key == "true_structure" and "rewards/structure/mean" in log[0]):
+                steps, y, smooth = curve(log, key)
+                axes.plot(steps, y, color=color, alpha=0.2, linewidth=0.8)
+                axes.plot(steps, smooth, line, color=color, label=label + (f", {name}" if len(logs) > 1 else ""))
+    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+PANELS = {   # title -> metrics, the first that a run's log has is drawn; True: a share, drawn from 0 to 1
+    "reward, weighted sum": (("reward",), False),
+    "structure reward (true one without GSRM)": (("rewards/structure/mean", "true_structure"), True),
+    "accuracy (outcome reward)": (("rewards/outcome/mean",), True),
+    "length, tokens": (("completions/mean_length",), False),
+    "KL to the start, nats a token": (("kl",), False),
+    "entropy, nats a token": (("entropy",), False),
+}
+
+
+def small_multiples(runs: Sequence[str], path: Path) -> None:
+    """Six small pictures, one per metric, a colour per run: faint per step, and smoothed. A run without a metric (no KL without a reference) is not in that picture."""
+    logs, plt = read_logs(runs), pictures()
+    figure, grid = plt.subplots(2, 3, figsize=(11, 5.6), sharex=True, constrained_layout=True)
+    for axes, (title, (keys, share)) in zip(grid.flat, PANELS.items()):
+        for color, log in enumerate(logs.values()):
+            steps, y, smooth = next((drawn for key in keys if (drawn := curve(log, key))[0]), ([], [], []))
+            if steps:
+                axes.plot(steps, y, color=f"C{color}", alpha=0.2, linewidth=0.8)
+                axes.plot(steps, smooth, color=f"C{color}", linewidth=1.6)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(*((0, max(1.0, axes.dataLim.y1)) if share and axes.lines else (min(0.0, axes.get_ylim()[0]), None)))
+        axes.grid(alpha=0.3)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    lines = [plt.Line2D([], [], color=f"C{color}", linewidth=1.6) for color in range(len(logs))]
+    figure.legend(lines, list(logs), loc="outside lower center", ncols=min(len(logs), 4), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def pass_curves(tables: dict[str, dict[str, tuple]], path: Path) -> None:
+    """pass@k over k with its 95 % band, one curve per evaluation; `tables` holds what report.summary makes of each."""
+    plt = pictures()
+    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for name, table in tables.items():
+        sizes = sorted(int(metric[5:]) for metric in table if metric.startswith("pass@"))
+        mean, low, high = np.array([table[f"pass@{k}"][:3] for k in sizes]).reshape(-1, 3).T
+        line, = axes.plot(sizes, mean, marker="o", markersize=3.5, label=name)
+        axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+    axes.set(xlabel="k samples", ylabel="pass@k, mean and 95 % interval over problems", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,221 @@
+"""Figures, structure report, paired comparison, pictures and printed completions of report.py and plots.py, against hand-made rows and naive twins. `python -m pytest tests/test_report.py`"""
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import plots
+import report
+import toy
+from data import load_model, load_problems, split_completion, write_jsonl
+from gsrm import Step, exact_judge, structure_rewards
+
+
+def row(name, correct, answer=None, sample=0, temperature=1.0, **more):
+    return {"id": name, "sample": sample, "temperature": temperature, "correct": correct, "answer": answer, "structure": None, "true_structure": None, "length": 10, "stop": "stop",
+            "text": "", "problem": f"P {name}?", "gold": "1", "steps": None, "left_at": None, "choices": None} | more
+
+# ------------------------------------------------------------------------------------------------ figures
+
+def test_pass_and_majority_are_means_over_subsets():
+    """k = 6: sizes 1, 2, 4 and 6 itself; against every subset of the samples."""
+    answers = {"a": ["1", "1", "2", "2", "2", None], "b": ["3", "1", "1", "1", "3", "4"]}
+    s = report.summary([row(p, a == "1", a, i) for p, given in answers.items() for i, a in enumerate(given)])
+    assert [m for m in s if "@" in m] == ["mean@6", "pass@1", "pass@2", "pass@4", "pass@6", "maj@2", "maj@4", "maj@6"]
+
+    def majority(subset):
+        counts = {a: subset.count(a) for a in subset if a}
+        return np.mean([a == "1" for a in counts if counts[a] == max(counts.values())]) if counts else 0.0
+    for k in (2, 4, 6):
+        subsets = [list(itertools.combinations(given, k)) for given in answers.values()]
+        assert s[f"pass@{k}"].mean == pytest.approx(np.mean([np.mean(["1" in sub for sub in of]) for of in subsets]))
+        assert s[f"maj@{k}"].mean == pytest.approx(np.mean([np.mean([majority(list(sub)) for sub in of]) for of in subsets]))
+    assert [s["pass@1"].mean, s["mean@6"].mean] == pytest.approx([(2 / 6 + 3 / 6) / 2] * 2)
+    assert s["mean@6"].error == pytest.approx(np.std([2 / 6, 3 / 6], ddof=1) / math.sqrt(2))
+
+
+def test_the_table_says_error_and_interval(capsys):
+    report.print_table({"m": {"mean@2": report.Interval(0.5, 0.25, 0.75, 0.125), "length": report.Interval(123.4, 100.0, 150.0, 12.0), "ungraded": report.Interval(3, 3, 3)}}, errors=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2] and lines[3].split() == ["ungraded", "3.000"]
+
+# ------------------------------------------------------------------------------------------------ structure
+
+TEACHER = [Step(f"m{i}", f"q{i}", f"a{i}") for i in range(4)]
+
+
+def but(i, **fields):
+    return [Step(**{"meta": s.meta, "query": s.query, "answer": s.answer} | (fields if i == j else {})) for j, s in enumerate(TEACHER)]
+
+
+def scored(problem, student, *teachers):
+    score, = structure_rewards([student], [list(teachers)], exact_judge)
+    return row(problem, True, structure=score.value, left_at=score.left_at, choices=score.choices, steps=[[s.meta, s.query, s.answer, e] for s, e in zip(score.structure, score.steps)])
+
+
+def test_a_half_credit_says_whether_choice_or_answer_was_wrong():
+    cases = [(TEACHER, [1, 1, 1, 1], [1, 1, 1, 1]), (but(1, query="x"), [1, 0, 1, 1], [1, 1, 1, 1]), (but(1, answer="x"), [1, 1, 1, 1], [1, 0, 1, 1]),
+             (but(1, query="x", answer="x"), [1, 0, 1, 1], [1, 0, 1, 1]), (but(2, meta="x"), [1, 1, 0], [1, 1]), (TEACHER[:2], [1, 1], [1, 1]), ([], [], [])]
+    for student, choices, answers in cases:
+        r = scored("p", student, TEACHER)
+        assert r["choices"] == choices and report.answers_right(r) == answers, student
+
+
+def test_choices_are_those_on_the_trace_followed():
+    """Two steps as the long trace has them (0.5), but a short one earns 1 before it is left: that is the trace whose choices count."""
+    short, long = [TEACHER[0]], [TEACHER[0], Step("m1", "x", "a1"), *TEACHER[2:]]
+    assert scored("p", TEACHER, short, long)["choices"] == [1] and scored("p", TEACHER, long)["choices"] == [1, 0, 1, 1]
+
+
+def test_structure_report_by_hand():
+    rows = [scored("p", TEACHER, TEACHER), scored("p", but(1, query="x"), TEACHER),                   # p: choices 4/4 and 3/4, answers 4/4 and 4/4
+            scored("q", but(0, meta="x"), TEACHER), scored("q", but(2, meta="x", answer="y"), TEACHER),      # q: 0/1 and 2/3; answers none and 2/2
+            scored("q", [], TEACHER), row("q", False)]                                                # no steps: earns 0, chooses nothing; unscored: not there
+    figures, steps = report.structure_report(rows)
+    assert figures["structure"].mean == pytest.approx(((1 + 3.5 / 4) / 2 + (0 + 0.5 + 0) / 3) / 2)
+    assert figures["choice accuracy"].mean == pytest.approx((7 / 8 + 2 / 4) / 2) and figures["answer accuracy on the branch"].mean == 1.0
+    assert [s["judged"] for s in steps] == [4, 3, 3, 2] and [s["choice"] for s in steps] == pytest.approx([3 / 4, 2 / 3, 2 / 3, 1.0]) and [s["left"] for s in steps] == [1, 0, 1, 0]
+
+
+def test_structure_report_on_the_toy_world_against_a_naive_walk(capsys):
+    """A student of the toy, the rule as its GSRM, one teacher trace: the walk written out again."""
+    model, tok = load_model("toy/student")
+    problems = [p for p in load_problems("toy", "test") if p.teachers][:8]
+    problems = [type(p)(p.id, p.problem, p.answer, p.teachers[:1]) for p in problems]
+    rows = evaluation.evaluate(model, tok, problems, 8, 1.0, 1.0, 100, 3, None, evaluation.load_gsrm("toy:read", "", None, "cpu"))
+    choices, answers, left = {p.id: [] for p in problems}, {p.id: [] for p in problems}, {}
+    same = lambda a, b: a.lower().split() == b.lower().split()
+    for r in rows:
+        teacher = toy.read(next(p for p in problems if p.id == r["id"]).teachers[0])
+        for i, (s, t) in enumerate(zip(toy.read(split_completion(r["text"])[0]), teacher)):
+            choices[r["id"]].append(same(s.meta, t.meta) and same(s.query, t.query))
+            if not same(s.meta, t.meta):
+                left[i] = left.get(i, 0) + 1
+                break
+            answers[r["id"]].append(same(s.answer, t.answer))
+    figures, steps = report.structure_report(rows)
+    assert figures["choice accuracy"].mean == pytest.approx(np.mean([np.mean(c) for c in choices.values()])) and 0 < figures["choice accuracy"].mean < 1
+    assert figures["answer accuracy on the branch"].mean == pytest.approx(np.mean([np.mean(a) for a in answers.values() if a]))
+    assert {s["step"] - 1: s["left"] for s in steps if s["left"]} == left and sum(left.values()) > 20
+    report.print_structure(rows)
+    text = capsys.readouterr().out
+    assert f"structure of {len(rows)} samples of 8 problems" in text and "choice accuracy" in text and "never left" in text and "#" in text
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+def store(path, rows):
+    write_jsonl(path, rows)
+    return str(path)
+
+
+def test_compare_pairs_by_problem(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    p = {f"p{i}": rng.uniform(0.1, 0.7) for i in range(40)}
+    a = [row(n, bool(rng.random() < x), "1", s) for n, x in p.items() for s in range(4)]
+    b = [row(n, bool(rng.random() < x + 0.25), "1", s) for n, x in reversed(p.items()) for s in range(4)] + [row("new", True, "1", s) for s in range(4)]
+    a, b = a + [row(n, False, "1", temperature=0.0) for n in p], b + [row(n, n < "p2", "1", temperature=0.0) for n in p]
+    got = report.compare(store(tmp_path / "a.jsonl", a), store(tmp_path / "b.jsonl", b), tmp_path / "c.png")
+    means = [np.array([np.mean([r["correct"] for r in rows if r["id"] == n and r["temperature"]]) for n in p]) for rows in (a, b)]
+    gain, half = means[1] - means[0], 1.96 * (means[1] - means[0]).std(ddof=1) / math.sqrt(40)
+    assert got["mean@4"]["diff"] == pytest.approx(gain.mean()) and got["mean@4"]["low"] == pytest.approx(gain.mean() - half, abs=0.15 * half) and got["mean@4"]["p"] < 0.01
+    assert got["greedy"]["diff"] == pytest.approx(np.mean([n < "p2" for n in p])) and got["greedy"]["problems"] == 40 and "structure" not in got
+    text = capsys.readouterr().out
+    assert "left out: 1 problems that only" in text and "new" in text and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compare_notes_other_sampling_and_takes_structure_along(tmp_path, capsys):
+    paths = [store(tmp_path / f"{name}.jsonl", [row(n, True, structure=x) for n, x in zip("pqr", values)]) for name, values in (("a", (0.1, 0.2, 0.3)), ("b", (0.4, None, 0.8)))]
+    for path, temperature in zip(paths, (0.6, 1.0)):
+        report.settings_path(tmp_path / path).write_text(json.dumps({"config": {"temperature": temperature, "top_p": 1.0}}))
+    got = report.compare(*paths)
+    assert got["structure"]["diff"] == pytest.approx((0.3 + 0.5) / 2) and got["structure"]["problems"] == 2
+    assert "note: --temperature was 0.6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other, words", [
+    ([row(n, True, sample=s) for n in "pq" for s in range(3)], r"2 samples per problem, .* 3.*same --k"),
+    ([row("p", True), row("p", True, sample=1), row("q", True)], "problem q has 1 samples, others have 2.*run its command again"),
+    ([row(n, True, sample=s) for n in "xy" for s in range(2)], "share no problem id"),
+    ([row(n, True, sample=s, gold="2") for n in "pq" for s in range(2)], "problem p: the gold answer is not the same"),
+    ([row(n, True, sample=s, problem="?") for n in "pq" for s in range(2)], "problem p: the text is not the same"),
+    ([row(n, True, temperature=0.0) for n in "pq"], "one holds greedy completions"),
+])
+def test_compare_refuses(tmp_path, other, words):
+    a = store(tmp_path / "a.jsonl", [row(n, True, sample=s) for n in "pq" for s in range(2)])
+    with pytest.raises(ValueError, match=words):
+        report.compare(a, store(tmp_path / "b.jsonl", other))
+
+
+def test_what_is_no_file_of_generations_is_named(tmp_path):
+    (tmp_path / "broken.jsonl").write_text(json.dumps(row("p", True)) + "\n{\"id\": 3,\n")
+    (tmp_path / "other.jsonl").write_text('{"id": "p", "problem": "?", "answer": "1"}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
+    for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"), ("list.jsonl", "list.jsonl:1: not a generation"),
+                        ("empty.jsonl", "holds no generations"), ("picture.png", "not a text file"), ("nowhere", "no generations at")):
+        with pytest.raises(ValueError, match=words):
+            report.read_generations(tmp_path / name)
+
+# ------------------------------------------------------------------------------------------------ single completions
+
+def test_show_says_what_was_lost_and_keeps_escapes_off_the_terminal():
+    r = row("p", True, "1", text="a\x1b[2Jb</think>", steps=[["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5], ["m3", "q3", "a3", 0.5], ["m4", "q4", "a\x9b4", 0.25], ["m5", "q5", "a5", 0.0]],
+            choices=[True, False, True, False, False], left_at=4, structure=0.45)
+    lines = [line for line in report.show(r).splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in lines[:5]] == ["+", "~", "~", "~", "x"] and "\x1b" not in report.show(r) and "\x9b" not in report.show(r)
+    assert "(sub-problem differs)" in lines[1] and "(answer differs)" in lines[2] and "(sub-problem and answer differ)" in lines[3] and "left" in lines[4]
+    colors = [line[:5] for line in report.show(r, color=True).splitlines() if line.startswith("\x1b")]
+    assert colors == ["\x1b[32m", *["\x1b[33m"] * 3, "\x1b[31m"] and "not graded" in report.show(r | {"correct": None})
+
+
+def rollout(step, problem, sample, advantage, **more):
+    return row(problem, None, sample=sample) | {"step": step, "rewards": {"structure": 0.5, "outcome": None}, "advantage": advantage, "stop": "length", "length": 150} | more
+
+
+def test_rollouts_of_a_step_are_chosen_and_shown(tmp_path):
+    rows = [rollout(step, name, sample, step * (i - 2) + sample / 10) for step in (1, 2) for i, name in enumerate("abcde") for sample in (0, 1)]
+    write_jsonl(tmp_path / "rollouts.jsonl", rows)
+    pick = lambda *args: [(r["step"], r["id"], r["sample"]) for r in report.rows_to_show(tmp_path, *args)]
+    assert pick(None, None, None) == [(2, "e", 1), (2, "c", 0), (2, "a", 0)] and pick(1, None, None) == [(1, "e", 1), (1, "c", 0), (1, "a", 0)]
+    assert pick(1, "b", None) == [(1, "b", 0), (1, "b", 1)] and pick(None, "b", 1) == [(2, "b", 1)]
+    text = report.show(report.rows_to_show(tmp_path, None, "b", 1)[0])
+    assert text.startswith("step 2 problem b sample 1") and "structure 0.50, outcome unscored, advantage -1.90, cut off at the limit, 150 tokens, gold answer 1" in text
+    with (tmp_path / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 3, "id"')                                      # a run is writing this line
+    assert pick(None, "b", 1) == [(2, "b", 1)]
+    for args, words in (((7, None, None), "no step 7; it holds steps 1 to 2"), ((1, "z", None), "no such completion; problems there: a, b")):
+        with pytest.raises(ValueError, match=words):
+            pick(*args)
+    (tmp_path / "rollouts.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="rollouts.jsonl:1: not a completion"):
+        pick(None, None, None)
+    with pytest.raises(ValueError, match="no rollouts at"):
+        report.rows_to_show(tmp_path / "nowhere", None, None, None)
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+def test_a_curve_leaves_gaps_out_and_looks_back():
+    log = [{"step": i, "kl": math.nan if i == 3 else float(i)} for i in range(30)] + [{"step": 30}]
+    steps, y, smooth = plots.curve(log, "kl")
+    assert steps == [i for i in range(30) if i != 3] and smooth[0] == 0 and smooth[-1] == pytest.approx(np.mean(range(20, 30))) and smooth[3] == pytest.approx((0 + 1 + 2 + 4) / 4)
+
+
+def test_small_multiples_draw_each_metric_of_each_run(tmp_path, monkeypatch):
+    for name, metrics in (("x/a", {"reward": 1.0, "rewards/structure/mean": 0.5, "true_structure": 0.1, "kl": 0.1}), ("y/a", {"reward": 2.0, "true_structure": 0.2})):
+        (tmp_path / name).mkdir(parents=True)
+        write_jsonl(tmp_path / name / "log.jsonl", [{"step": i, **metrics} for i in range(20)])
+    runs, plt, drawn = [str(tmp_path / "x/a"), str(tmp_path / "y/a")], plots.pictures(), []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plots.small_multiples(runs, tmp_path / "c.png")
+    heights = {axes.get_title(): [float(line.get_ydata()[-1]) for line in axes.lines[1::2]] for axes in drawn[0].axes}
+    assert list(heights.values()) == [[1.0, 2.0], [0.5, 0.2], [], [], [0.1], []] and (tmp_path / "c.png").stat().st_size > 10_000
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == runs           # two runs called alike: whole paths
+    (tmp_path / "x/a/log.jsonl").write_text('{"loss": 1}\n')
+    for bad, words in (([], "no run to plot"), ([str(tmp_path)], "no log.jsonl there"), ([runs[0]], "log.jsonl:1: expected the log line")):
+        with pytest.raises(ValueError, match=words):
+            plots.small_multiples(bad, tmp_path / "never.png")
+    assert not (tmp_path / "never.png").exists()
