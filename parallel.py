@@ -34,7 +34,9 @@ def start() -> None:
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(BACKEND, timeout=PATIENCE)
+        store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)      # or --max_restarts meets the addresses of the dead in it
+        dist.init_process_group(BACKEND, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
 
 
 def finish() -> None:
@@ -88,8 +90,8 @@ def meet(what: str, seconds: float) -> None:
     try:
         dist.monitored_barrier(_gate[0], timedelta(seconds=seconds), wait_all_ranks=True)
     except RuntimeError as error:
-        raise RuntimeError(f"process {rank()} waited {seconds:.0f} s for the others after {what}: {str(error).splitlines()[0]} "
-                           "(a slow or hanging reward model? look at that process; --reward_timeout sets the patience)") from None
+        raise RuntimeError(f"process {rank()}: not all came to meet after {what}: {str(error).splitlines()[0]} (has that process died, or does its reward model hang? "
+                           f"--reward_timeout {seconds:.0f} is the patience)") from None
 
 # ------------------------------------------------------------------------------------------------ a sharded model
 

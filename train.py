@@ -39,14 +39,13 @@ from data import (
     load_problems,
     problem_ids,
     save_model,
-    split_completion,
     stop_and_pad_ids,
     template_hash,
     whole_turns,
 )
-from grpo import combine_advantages, scored_rows
-from gsrm import GSRM, Score
+from gsrm import GSRM
 from parallel import gather_rows, rank, world
+from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head
 from update import reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
@@ -129,38 +128,6 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
     orders: dict[int, np.ndarray] = {}
     places = range(step * take, (step + 1) * take)
     return [int(orders.setdefault(i // count, np.random.default_rng([seed, i // count]).permutation(count))[i % count]) for i in places]
-
-
-def reward_weights(config: Config) -> dict[str, float]:
-    return {"structure": config.w_structure, "outcome": config.w_outcome, "format": config.w_format}
-
-
-def format_reward(text: str, finished: bool) -> float:
-    """1 for a finished completion of the form [<think>] trace </think> final, with a boxed final answer; else 0."""
-    trace, final = split_completion(text)
-    return float(finished and final is not None and "\\boxed{" in final and "think>" not in final and "<think>" not in trace)
-
-
-def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm: GSRM | None, config: Config) -> tuple[dict[str, list[float | None]], list[Score | None]]:
-    """(rewards by name, each (N,) with None where unscored; the structure Scores) of N completions, row n belonging to problems[n]."""
-    rewards: dict[str, list[float | None]] = {}
-    scores: list[Score | None] = [None] * len(texts)
-    if config.w_structure:
-        traces = [list(p.teachers[:config.max_teachers or None]) for p in problems]
-        scores = list(gsrm(problems, [split_completion(text)[0] for text in texts], traces))
-        rewards["structure"] = [s.value for s in scores]
-    rewards["outcome"] = [None if right is None else float(right) for right in evaluation.grade_all(texts, [p.answer for p in problems])]
-    rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished)]
-    return rewards, scores
-
-
-def advantages(rewards: dict[str, list[float | None]], config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """((N,) advantages, (N,) bool scored) of this process's rewards."""
-    tables = {name: torch.tensor([math.nan if v is None else v for v in values]).view(-1, config.group_size) for name, values in rewards.items()}
-    weights = {name: w for name, w in reward_weights(config).items() if name in tables}
-    scored = scored_rows(tables, weights)
-    return combine_advantages(tables, weights, scored, config.combine, config.scale).flatten(), scored.flatten()
-
 
 # ------------------------------------------------------------------------------------------------ the run
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import reward
 import train
 from checkpoint import Checkpoints, load_checkpoint
 from data import load_model, problem_ids, stop_and_pad_ids, write_jsonl
@@ -180,11 +181,11 @@ def test_cursor_goes_through_every_problem_each_epoch():
     assert len(train.cursor(3, 8, 0, 0)) == 8                              # fewer problems than places in a step
 
 
-@pytest.mark.parametrize("text,finished,reward", [
+@pytest.mark.parametrize("text,finished,worth", [
     ("a</think>\n\\boxed{4}", True, 1), ("<think>a</think>\\boxed{4}", True, 1), ("a</think>\n\\boxed{4}", False, 0), ("a \\boxed{4}", True, 0),
     ("a</think>4", True, 0), ("a</think>b</think>\\boxed{4}", True, 0), ("a<think>b</think>\\boxed{4}", True, 0)])
-def test_format_reward(text, finished, reward):
-    assert train.format_reward(text, finished) == reward
+def test_format_reward(text, finished, worth):
+    assert reward.format_reward(text, finished) == worth
 
 
 def test_checkpoint_brings_the_optimiser_back(tmp_path):

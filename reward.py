@@ -1,0 +1,58 @@
+"""What a completion is worth: structure (GSRM), outcome (grading), format; and how that becomes the advantage of a row over the others of its group.
+
+    reward = w_structure * structure + w_outcome * outcome + w_format * format           each a number, or None = could not be scored
+
+Add a reward of your own in `score` (a list with a number or None per row) and its weight in `reward_weights`. None never becomes 0: the row is left out of
+its group and of the loss, and is counted.
+"""
+import math
+from typing import Protocol
+
+import torch
+
+from data import Problem, split_completion
+from grade import grade_all
+from grpo import combine_advantages, scored_rows
+from gsrm import GSRM, Score
+
+
+class Settings(Protocol):
+    """What is read of train.Config."""
+    w_structure: float
+    w_outcome: float
+    w_format: float
+    max_teachers: int
+    combine: str
+    scale: str
+    group_size: int
+
+
+def reward_weights(config: Settings) -> dict[str, float]:
+    return {"structure": config.w_structure, "outcome": config.w_outcome, "format": config.w_format}
+
+
+def format_reward(text: str, finished: bool) -> float:
+    """1 for a finished completion of the form [<think>] trace </think> final, with a boxed final answer; else 0."""
+    trace, final = split_completion(text)
+    return float(finished and final is not None and "\\boxed{" in final and "think>" not in final and "<think>" not in trace)
+
+
+def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm: GSRM | None, config: Settings) -> tuple[dict[str, list[float | None]], list[Score | None]]:
+    """(rewards by name, each (N,) with None where unscored; the structure Scores) of N completions, row n belonging to problems[n]."""
+    rewards: dict[str, list[float | None]] = {}
+    scores: list[Score | None] = [None] * len(texts)
+    if config.w_structure:
+        traces = [list(p.teachers[:config.max_teachers or None]) for p in problems]
+        scores = list(gsrm(problems, [split_completion(text)[0] for text in texts], traces))
+        rewards["structure"] = [s.value for s in scores]
+    rewards["outcome"] = [None if right is None else float(right) for right in grade_all(texts, [p.answer for p in problems])]
+    rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished)]
+    return rewards, scores
+
+
+def advantages(rewards: dict[str, list[float | None]], config: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """((N,) advantages, (N,) bool scored) of this process's rewards."""
+    tables = {name: torch.tensor([math.nan if v is None else v for v in values]).view(-1, config.group_size) for name, values in rewards.items()}
+    weights = {name: w for name, w in reward_weights(config).items() if name in tables}
+    scored = scored_rows(tables, weights)
+    return combine_advantages(tables, weights, scored, config.combine, config.scale).flatten(), scored.flatten()
