@@ -40,8 +40,8 @@ def read_socratic(record: object, where: str) -> tuple[Problem, list[Step]]:
         raise ValueError(f"{where}: a line of GSM8K's socratic file has 'question' and an 'answer' of lines 'sub-question ** solution'")
     *lines, last = record["answer"].split("\n")
     rows = [(query, re.sub(r"<<[^<>]*>>", "", said).strip(), re.findall(r"<<[^<>]*=([^<>=]*)>>", said)) for query, _, said in (line.partition(" ** ") for line in lines)]
-    steps = [Step("", query, marks[-1] if marks else said) for query, said, marks in rows]
-    return Problem(where, record["question"], last.removeprefix("#### ").strip(), ("\n".join(said for _, said, _ in rows),)), steps
+    steps = [Step("", query, marks[-1] if marks else said) for query, said, marks in rows if said]          # two questions of the file were left unanswered
+    return Problem(where, record["question"], last.removeprefix("#### ").strip(), ("\n".join(said for _, said, _ in rows if said),)), steps
 
 
 def load_gold(path: str, limit: int) -> tuple[list[Problem], list[list[Step]] | None]:
@@ -167,11 +167,11 @@ ATTACKS: dict[str, Callable[[str, str], str]] = {       # (honest trace, a teach
 
 
 def attack_card(honest: list[float | None], attacked: list[float | None], true: list[float | None]) -> dict[str, float]:
-    """Mean rewards over the traces that have both, the share on which the attack earned more; `true`: what the attacked trace deserves by the true structures."""
+    """Mean rewards over the traces that have both, the share of them on which the attack earned more; `true`: what the attacked traces deserve by the true
+    structures; share of traces without a reward, honest or attacked. A figure over no trace at all is not there."""
     both = [(a, b) for a, b in zip(honest, attacked, strict=True) if a is not None and b is not None]
-    known, n = [t for t in true if t is not None], max(len(both), 1)
-    return {"traces": len(honest), "honest": sum(a for a, _ in both) / n, "attacked": sum(b for _, b in both) / n, "earned_more": sum(b > a + 1e-9 for a, b in both) / n,
-            **({"true": sum(known) / len(known)} if known else {}), "unscored": 1 - len(both) / max(len(honest), 1)}
+    figures = {"honest": [a for a, _ in both], "attacked": [b for _, b in both], "earned_more": [b > a + 1e-9 for a, b in both], "true": [t for t in true if t is not None]}
+    return {"traces": len(honest), **{name: sum(values) / len(values) for name, values in figures.items() if values}, "unscored": 1 - len(both) / max(len(honest), 1)}
 
 
 def attacking(gsrm: GSRM, truth: Callable[[str], list[Step]] | None, problems: list[Problem], traces: list[tuple[int, str]]) -> tuple[dict[str, dict[str, float]], float]:
@@ -190,6 +190,8 @@ def attacking(gsrm: GSRM, truth: Callable[[str], list[Step]] | None, problems: l
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     """A table: a row a name, a column a figure."""
+    if not rows:
+        return
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cell = lambda value: "-" if value is None else f"{value}" if isinstance(value, int) else f"{value:.3f}"
     print(f"\n{title:<44}" + "".join(f"{name:>14}" for name in columns))
@@ -198,7 +200,7 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def full_card(gsrm: GSRM, problems: list[Problem], samples: list[tuple[int, str]], truth: Callable[[str], list[Step]] | None, human: list[list[Step]] | None,
-              labelled: list[tuple[str, str]]) -> dict[str, dict]:
+              labelled: list[tuple[str, str]]) -> dict:
     """All tables: reading, judge, attacks, and r. samples: (number of its problem, a student's trace); labelled: (prompt of the judge, "yes" or "no")."""
     taught = [(n, t) for n, p in enumerate(problems) for t in p.teachers]
     reading, entries = {}, []
@@ -221,7 +223,7 @@ def full_card(gsrm: GSRM, problems: list[Problem], samples: list[tuple[int, str]
         judge["labelled pairs, the model alone"] = judge_card(gsrm.ask.p_yes([prompt for prompt, _ in labelled]), [answer == "yes" for _, answer in labelled])
     halves = [(n, "\n".join(pieces(t)[:(len(pieces(t)) + 1) // 2])) for n, t in taught]                    # follows the teacher and earns about a half
     attacks, r = attacking(gsrm, truth, problems, samples or halves)
-    return {"reading": reading, "judge": judge, "attacks": attacks, "r": {"r(structure, true_structure)": None if r != r else r}}
+    return {"reading": reading, "judge": judge, "attacks": attacks, "r": None if r != r else r}
 
 
 def student_samples(args: argparse.Namespace, problems: list[Problem]) -> list[tuple[int, str]]:
@@ -259,8 +261,10 @@ def main(argv: list[str]) -> None:
         if pairs and not hasattr(gsrm.ask, "p_yes"):
             raise ValueError(f"--pairs asks the judge's model, and {args.gsrm} is a rule: leave it out")
         card = full_card(gsrm, problems, student_samples(args, problems) if args.model else [], truth, human, [pairs(random.Random(n)) for n in range(500)] if pairs else [])
-        for title, rows in card.items():
-            print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in rows.items() if value is not None)) if title == "r" else show(title, rows)
+        for title in ("reading", "judge", "attacks"):
+            show(title, card[title])
+        if card["r"] is not None:
+            print(f"\nr(structure, true_structure) = {card['r']:.3f} on the honest traces")
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(json.dumps({"flags": vars(args), **card}, indent=1) + "\n", encoding="utf-8")
