@@ -124,6 +124,8 @@ def test_pairs_have_the_right_labels() -> None:
     fields = {(n, kind): {getattr(s, kind).lower() for s in steps} for n, steps in enumerate(worlds) for kind in KINDS}
     assert all(any(a.lower() in fields[n, k] and b.lower() in fields[n, k] for n in (0, 1)) for k, a, b in pairs["other step"])
     assert all(any(a.lower() in fields[n, k] and b.lower() in fields[1 - n, k] for n in (0, 1)) for k, a, b in pairs["shuffled"]) and pairs["shuffled"]
+    swapped = judge_pairs([(0, worlds[0][0], worlds[0][0]), (1, worlds[1][0], worlds[1][0])])
+    assert swapped["shuffled"] == swapped["other step"] == []
     assert judge_pairs(entries) == pairs and all(len(found) <= 2 for found in judge_pairs(entries, most=2).values())
     assert sorted(judge_pairs([(0, Step("", "q", "1"), Step("m", "q", "1"))])["same"]) == [("answer", "1", "1"), ("query", "q", "q")]      # human steps have no meta
 

@@ -714,8 +714,8 @@ WRITER = """
 import sys
 from gsrm import GSRM
 gsrm = GSRM(None, lambda pairs: [0.25] * len(pairs), sys.argv[1], judge_name=sys.argv[2])
-for wave in range(60):
-    gsrm.judge([("query", f"{wave} {n}", "x" * 300) for n in range(20)])
+for wave in range(40):
+    gsrm.judge([("query", f"{wave} {n}", "x" * 300) for n in range(200)])
 """
 
 
@@ -725,7 +725,7 @@ def test_processes_that_share_a_cache_do_not_mix_their_lines(tmp_path: Path) -> 
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), f"judge {n}"], cwd=ROOT) for n in range(3)]
     assert [w.wait(60) for w in writers] == [0, 0, 0]
     rows = kept(path)
-    assert len(rows) == 1 + 3 * 60 * 20 == len({row["key"] for row in rows}) and path.read_bytes().count(b"\n") == len(rows) + 2 and rows[0] == {"key": "a", "p": 1.0}
+    assert len(rows) == 1 + 3 * 40 * 200 == len({row["key"] for row in rows}) and path.read_bytes().count(b"\n") == len(rows) + 2 and rows[0] == {"key": "a", "p": 1.0}
 
 
 def test_kept_cuts_half_a_line_and_nothing_else(tmp_path: Path) -> None:
@@ -784,7 +784,8 @@ def test_letters_must_be_the_same() -> None:
 
 def test_the_symbolic_check_with_math_verify_behind_it() -> None:
     """The judge that eval.load_gsrm makes, on real notation: equal forms, different ones, and what it must leave to the model."""
-    judge = load_gsrm("toy/gsrm", "", None, "cpu").ask
+    gsrm, judge = load_gsrm("toy/gsrm", "", None, "cpu"), load_gsrm("toy/gsrm", "toy/gsrm", None, "cpu").ask
+    assert gsrm.name != gsrm.judge_name and "judge" in gsrm.judge_name               # two checkpoints, two names: a new judge does not meet the old one's verdicts
     same = [("1/2", "0.5"), ("\\frac{1}{2}", "2/4"), ("(x+1)^2", "x^2+2x+1"), ("9 * 2", "18"), ("16-3-4", "9"), ("1,000", "10^3"), ("2\\sqrt{2}", "\\sqrt{8}"), ("$18", "18.00")]
     different = [("1/2", "1/3"), ("(x+1)^2", "x^2+1"), ("9 * 2", "19"), ("\\sqrt{2}", "\\sqrt{3}"), ("[0, 5)", "[0, 5]")]
     doubtful = [("10/3", "3.33"), ("12 -", "13"), ("-(5", "-6"), ("2**3", "9")]
