@@ -714,6 +714,8 @@ WRITER = """
 import sys
 from gsrm import GSRM
 gsrm = GSRM(None, lambda pairs: [0.25] * len(pairs), sys.argv[1], judge_name=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()                                                 # all start together
 for wave in range(40):
     gsrm.judge([("query", f"{wave} {n}", "x" * 300) for n in range(200)])
 """
@@ -722,7 +724,10 @@ for wave in range(40):
 def test_processes_that_share_a_cache_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "cache.jsonl"
     path.write_text('{"key": "a", "p": 1.0}\n[3]\nno json\n{"key": "b", "te')             # a torn line, and two that are no rows
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), f"judge {n}"], cwd=ROOT) for n in range(3)]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), f"judge {n}"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for n in range(3)]
+    assert [w.stdout.readline() for w in writers] == [b"ready\n"] * 3
+    for w in writers:
+        w.stdin.close()
     assert [w.wait(60) for w in writers] == [0, 0, 0]
     rows = kept(path)
     assert len(rows) == 1 + 3 * 40 * 200 == len({row["key"] for row in rows}) and path.read_bytes().count(b"\n") == len(rows) + 2 and rows[0] == {"key": "a", "p": 1.0}
