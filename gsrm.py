@@ -196,8 +196,8 @@ DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]
 
 def variables(text: str) -> set[str] | None:
     """The letters in a text that is mathematical notation and nothing else; None for words, units of several letters, and what could be read in two ways."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text[:MAX_FIELD + 1])
-    return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", text)) if len(text) <= MAX_FIELD and NOTATION.fullmatch(text) and not DOUBTFUL.search(text) else None
+    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text if len(text) <= MAX_FIELD else "")
+    return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", plain)) if NOTATION.fullmatch(plain) and not DOUBTFUL.search(plain) else None
 
 
 def settled(pair: Pair) -> float | None:
