@@ -31,8 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Problem, append_jsonl, load_problems, read_jsonl, write_jsonl
-from gsrm import Step, decompose_prompt, format_steps, parse_steps
+from data import Problem, append_jsonl, load_problems, write_jsonl
+from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
 plain = lambda text: text.encode("utf-8", "replace").decode()     # JSON may smuggle in half a surrogate pair, which no file and no request can carry
 
@@ -236,22 +236,16 @@ def annotation_prompt(problem: Problem, trace: str) -> str:
     return "\n\n".join((TASK, "An example.", decompose_prompt(example, solved), format_steps(steps), "The trace to be split.", decompose_prompt(problem.problem, trace)))
 
 
-def kept(path: Path) -> dict[str, dict]:
-    """{key: row} of an append-only file; half a line at its end, left by a kill, is cut off."""
-    path.touch()
-    if not (data := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    return {row["key"]: row for _, row in read_jsonl(path)}
-
-
 def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejected: bool = False) -> str:
-    """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one, as soon as its answer comes; then OUT from the former."""
+    """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one of this model's, as soon as its answer comes; then OUT from the
+    former. What other models wrote under the same OUT stays in the record and out of OUT: no trace has two targets there."""
     record, rejected = (out.with_name(f"{out.name}.{kind}.jsonl") for kind in ("annotations", "rejected"))
     out.parent.mkdir(parents=True, exist_ok=True)
     if retry_rejected:
         rejected.unlink(missing_ok=True)
     tasks = {hashlib.sha256(decompose_prompt(p.problem, t).encode("utf-8", "replace")).hexdigest(): (p, t) for p in problems for t in p.teachers}
-    settled = kept(record) | kept(rejected)
+    written = lambda path: {row["key"]: row for row in kept(path) if row["model"] == endpoint.model}
+    settled = written(record) | written(rejected)
     bar = tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0)
 
     async def settle(key: str) -> bool | None:
@@ -269,12 +263,14 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         return True
     with bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
-    if not (rows := kept(record)):
+    if not (rows := written(record)):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")
     write_jsonl(aside := out.with_name(out.name + ".tmp"), [{"prompt": row["prompt"], "target": row["target"]} for row in rows.values()])
     aside.replace(out)
-    failed = len(tasks.keys() - rows.keys() - kept(rejected).keys())
-    return f"{len(rows)} pairs in {out}; {len(kept(rejected))} rejected, in {rejected}" + f"; {failed} failed: run the same command again" * (failed > 0)
+    refused, others = written(rejected), len(kept(record)) - len(rows)
+    failed = len(tasks.keys() - rows.keys() - refused.keys())
+    return (f"{len(rows)} pairs in {out}; {len(refused)} rejected, in {rejected}" + f"; {others} of other models only in {record}" * (others > 0)
+            + f"; {failed} failed: run the same command again" * (failed > 0))
 
 
 def annotate_main(argv: list[str]) -> None:

@@ -36,7 +36,7 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 from data import Problem, Tokenizer, append_jsonl, chat_ids, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from endpoint import Endpoint
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
-from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, report_card, structure_rewards
+from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, structure_rewards
 from plots import small_multiples
 from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
 from rollout import Sampler, TextModel
@@ -75,11 +75,18 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
     if not judge and (note := Path(gsrm) / "gsrm.json").is_file():            # {"judge": folder}, seen from the GSRM's own
         judge = str(Path(gsrm) / json.loads(note.read_text())["judge"])
     reader = text_model(gsrm, device, max_new_tokens)
-    weights = hashlib.sha256()                                                # a retrained model at the same path must not meet the old one's cache
-    for file in sorted(Path(gsrm).glob("*.safetensors")):
-        with file.open("rb") as start:
-            weights.update(start.read(1 << 24))                               # the first 16 MiB of each, not 15 GB to look at them
-    return GSRM(reader.generate, judge_by(text_model(judge, device, 1).p_yes if judge else reader.p_yes), cache_path, f"{gsrm} {weights.hexdigest()}", normalize)
+
+    def named(path: str) -> str:
+        """The path and its weights: a retrained model at the same path must not meet the old one's cache."""
+        weights = hashlib.sha256()
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with file.open("rb") as start:
+                weights.update(start.read(1 << 24))                           # the first 16 MiB of each, not 15 GB to look at them
+        return f"{path} {weights.hexdigest()}"
+
+    same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
+    return GSRM(reader.generate, judge_by(text_model(judge, device, 1).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
+                judge_name=named(judge or gsrm))
 
 
 def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:
@@ -312,25 +319,6 @@ def main(config: Config) -> None:
     if config.gsrm and truth:
         print(f"r(structure, true_structure) = {correlation(rows):.3f}")
     print(f"generations in {out}")
-
-
-def gsrm_main() -> None:
-    """`python gsrm.py eval`: agreement of the reward model's reading with the true structures, on the teacher's traces and on a student's own samples."""
-    if sys.argv[1:2] != ["eval"]:
-        sys.exit("usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE\n       python gsrm.py eval --model STUDENT --gsrm PATH --data DATA --truth module:function [--k 4 --limit 64]")
-    try:
-        config = HfArgumentParser(Config).parse_args_into_dataclasses(sys.argv[2:])[0]
-        if not config.gsrm or not config.truth:
-            raise ValueError("--gsrm and --truth are needed: the report compares what the one reads with what the other knows")
-        rows, gsrm, truth = sample_rows(config)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    problems = load_problems(config.data, "test")[:config.limit or None]
-    texts = {"teacher's traces": [(p.problem, t) for p in problems for t in p.teachers], "student's samples": [(r["problem"], split_completion(r["text"])[0]) for r in rows]}
-    for voice, pairs in texts.items():
-        card = report_card(gsrm.decompose([p for p, _ in pairs], [t for _, t in pairs]), [truth(t) for _, t in pairs])
-        print(f"{voice:<18} {len(pairs):5d}  " + "  ".join(f"{name} {value:.3f}" for name, value in card.items()))
-    print(f"reward: r(structure, true_structure) = {correlation(rows):.3f} on the student's samples")
 
 
 if __name__ == "__main__":

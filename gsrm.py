@@ -13,11 +13,13 @@ Student text is untrusted: step tags, chat-template tokens and our delimiters in
 
 The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
-    python gsrm.py eval --model toy/student --gsrm toy/gsrm --data toy --truth toy:read          # the reward model's own report card
-    python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl           # its training pairs, written by a larger model
+    python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read                                      # its own report card (card.py)
+    python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl    # its training pairs, written by a larger model (endpoint.py)
 """
+import contextlib
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ from pathlib import Path
 
 Pair = tuple[str, str, str]                              # (kind, teacher's text, student's text)
 Judge = Callable[[list[Pair]], list[float | None]]       # p(the two mean the same), None = could not be judged
+SameAnswer = Callable[[list[tuple[str, str]]], list[bool | None]]    # is the second one's value the first one's? None = the first could not be read
 
 # ------------------------------------------------------------------------------------------------ the step format: the one place that defines it
 
@@ -92,7 +95,8 @@ DECOMPOSE = "Write the steps of this reasoning.\n<problem>\n{problem}\n</problem
 JUDGE = "Do these two {kind} mean the same? Answer yes or no.\n1: {teacher}\n2: {student}"
 KIND_WORDS = {"meta": "reasons", "query": "problems", "answer": "answers"}
 # our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's and Mistral's. "<" before n blanks must cost n, not n * n
-DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|(?:start|end)_of_turn|tool_call)\s*>|[|\uff5c])|\[(?=/?INST\])", re.IGNORECASE)
+DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|pad|unk|mask|unused[0-9]{1,4}|(?:start|end)_of_turn|tool_(?:call|response))\s*>|[|\uff5c])"
+                       r"|\[(?=/?(?:INST|CLS|SEP|PAD|MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\])", re.IGNORECASE)
 MAX_TRACE, MAX_FIELD = 60_000, 600                       # characters; a trace keeps its beginning, which is where following the teacher happens
 
 
@@ -189,15 +193,45 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool) -> Score:
 
 # ------------------------------------------------------------------------------------------------ the judge and the model
 
-def judge_by(p_yes: Callable[[list[str]], list[float | None]]) -> Judge:
-    """A judge from any model's p_yes(prompts): texts that are equal but for case and blanks mean the same, two different plain numbers do not,
-    and only the rest is asked."""
+NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|infty|sin|cos|tan|log|ln|[%{},!])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[-0-9+*/^(){}\[\].,%$ ])+")
+# what a reader of LaTeX takes otherwise than its writer may have meant: 2 1/2, 3(4), 3/4x, \sqrt 12, 2^3^2, and 1,5
+DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
+
+
+def variables(text: str) -> set[str] | None:
+    """The letters in a text that is mathematical notation and nothing else; None for words, units of several letters, and what could be read in two ways."""
+    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text if len(text) <= MAX_FIELD else "")
+    return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", plain)) if NOTATION.fullmatch(plain) and not DOUBTFUL.search(plain) else None
+
+
+def settled(pair: Pair) -> float | None:
+    """What needs no model: texts that are equal but for case and blanks mean the same, two different whole numbers do not."""
+    a, b = (" ".join(text.lower().split()) for text in pair[1:])
+    number = re.compile(r"-?[0-9]{1,18}").fullmatch
+    return 1.0 if a == b else 0.0 if number(a) and number(b) and int(a) != int(b) else None
+
+
+def check_answers(pairs: list[Pair], same_answer: SameAnswer) -> dict[Pair, float]:
+    """The symbolic verdict on those pairs of `answer` fields that have one: both are notation in the same letters ("5 m" is not "5 s"), and a no is one both ways
+    round (so both were read) and has no decimals in it (3.33 beside 10/3 is a rounding, not another answer)."""
+    hard = [p for p in pairs if p[0] == "answer" and (letters := variables(p[1])) is not None and letters == variables(p[2])]
+    verdicts = dict(zip(hard, same_answer([p[1:] for p in hard]), strict=True))
+    noes = [p for p in hard if verdicts[p] is False and not re.search(r"[.%]", p[1] + p[2])]
+    back = dict(zip(noes, same_answer([p[:0:-1] for p in noes]), strict=True))
+    return {p: float(verdicts[p]) for p in hard if verdicts[p] or back.get(p) is False}
+
+
+def judge_by(p_yes: Callable[[list[str]], list[float | None]], same_answer: SameAnswer | None = None) -> Judge:
+    """A judge from any model's p_yes(prompts): first what is `settled`, then the symbolic check, and only the rest is asked. `judge.stats` counts what the check decided."""
     def judge(pairs: list[Pair]) -> list[float | None]:
-        plain = [tuple(" ".join(text.lower().split()) for text in pair[1:]) for pair in pairs]
-        number = re.compile(r"-?[0-9]{1,18}").fullmatch
-        sure = [1.0 if a == b else 0.0 if number(a) and number(b) and int(a) != int(b) else None for a, b in plain]
-        asked = iter(p_yes([judge_prompt(*pair) for pair, p in zip(pairs, sure) if p is None]) if None in sure else ())
-        return [next(asked) if p is None else p for p in sure]
+        sure = {pair: settled(pair) for pair in pairs}
+        if same_answer:
+            sure |= (checked := check_answers([pair for pair in sure if sure[pair] is None], same_answer))
+            judge.stats["symbolic"] += len(checked)
+        if asked := [pair for pair in sure if sure[pair] is None]:
+            sure.update(zip(asked, p_yes([judge_prompt(*pair) for pair in asked]), strict=True))
+        return [sure[pair] for pair in pairs]
+    judge.stats, judge.p_yes = Counter(), p_yes
     return judge
 
 
@@ -223,29 +257,35 @@ def faithful(step: Step, trace: str) -> bool:
     return all(w in there for w in answer if w[0].isdigit()) and 2 * sum(w in there for w in answer) >= len(answer)
 
 
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
+
+
+def kept(path: Path) -> list[dict]:
+    """The rows of an append-only JSONL file. Half a line at its end, left by a kill, is cut off; a broken line elsewhere is passed over."""
+    data = path.read_bytes() if path.exists() else b""
+    end, rows = data.rfind(b"\n") + 1, []
+    if end < len(data) == path.stat().st_size:           # it has not grown since: nobody is just writing that line
+        os.truncate(path, end)
+    for line in data[:end].splitlines():                 # of bytes: only at line ends
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 class GSRM:
     """Scores student traces against teacher traces. `generate`: prompts -> texts in the step format (None = failed); `judge`: pairs -> p(same).
-    Teacher structures are kept in `cache_path` (JSONL, by content hash, never asked for twice in a lifetime), judgements in memory.
-    `stats` counts decompositions, judgements, cache hits, failures and seconds since it was last cleared."""
+    Teacher structures and judgements are kept in `cache_path` (JSONL, by hash of their content and of `name` or `judge_name`): what was read or judged once is
+    not asked again in a lifetime; failures are not kept. `stats` counts decompositions, judgements (pairs given to the judge; of these "symbolic" were decided by
+    the check of answers), cache hits of both, failures and seconds since it was last cleared."""
 
     def __init__(self, generate: Callable[[list[str]], list[str | None]], judge: Judge, cache_path: str | Path | None = None, name: str = "gsrm",
-                 normalize: bool = True, min_words: int = 3):
+                 normalize: bool = True, min_words: int = 3, judge_name: str = ""):
         self.generate, self.ask, self.name, self.normalize, self.min_words = generate, judge, name, normalize, min_words
-        self.cache_path = Path(cache_path) if cache_path else None
-        self.cache: dict[str, str] = {}
-        self.memo: dict[Pair, float] = {}
-        self.stats: Counter[str] = Counter()
-        if self.cache_path and self.cache_path.exists():
-            text = self.cache_path.read_text(encoding="utf-8", errors="replace")
-            for line in text.split("\n"):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:             # cut off in writing: a miss
-                    continue
-                self.cache[row["key"]] = row["text"]
-            if text and not text.endswith("\n"):
-                with self.cache_path.open("a") as file:
-                    file.write("\n")                     # or the next line would grow onto the half one
+        self.cache_path, self.judge_name = Path(cache_path) if cache_path else None, judge_name or name
+        rows, self.stats = kept(self.cache_path) if self.cache_path else [], getattr(judge, "stats", Counter())
+        self.cache: dict[str, str] = {row["key"]: row["text"] for row in rows if "text" in row}
+        self.memo: dict[str, float] = {row["key"]: row["p"] for row in rows if "p" in row}
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
         """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody."""
@@ -268,20 +308,19 @@ class GSRM:
     def teachers(self, problems: list[str], traces: list[list[str]]) -> list[list[list[Step]]]:
         """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty (and counted)."""
         flat = list(dict.fromkeys((p, t) for p, ts in zip(problems, traces, strict=True) for t in ts))
-        keys = {pt: hashlib.sha256("\0".join((self.name, decompose_prompt(*pt))).encode("utf-8", "replace")).hexdigest() for pt in flat}
+        keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
         new = [pt for pt in flat if keys[pt] not in self.cache]
         self.stats["cache_hits"] += len(flat) - len(new)
-        for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])):
-            if steps:
-                self.remember(keys[pt], format_steps(steps))
+        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps})
         return [[parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
 
-    def remember(self, key: str, text: str) -> None:
-        self.cache[key] = text
-        if self.cache_path:
+    def remember(self, known: dict, name: str, fresh: dict) -> None:
+        """Adds to what is known, and to the cache file in one write, so that several processes' lines do not mix."""
+        known |= fresh
+        if self.cache_path and fresh:
             self.cache_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.cache_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "text": text}) + "\n")
+            with self.cache_path.open("ab", buffering=0) as file:
+                file.write("".join(json.dumps({"key": key, name: value}) + "\n" for key, value in fresh.items()).encode())
 
     def decompose(self, problems: list[str], traces: list[str]) -> list[list[Step] | None]:
         """The structure of each trace, its unfaithful steps left out; None where two attempts gave nothing that can be read."""
@@ -299,27 +338,16 @@ class GSRM:
 
     def judge(self, pairs: list[Pair]) -> list[float | None]:
         """p(same) of each pair; what was once judged is remembered, a failure is not."""
-        new = [p for p in dict.fromkeys(pairs) if p not in self.memo]
-        self.stats["judgements"] += len(new)
-        answers = {p: a if a == a else None for p, a in zip(new, self.ask(new), strict=True)} if new else {}
-        self.memo.update((p, a) for p, a in answers.items() if a is not None)
-        self.stats["judge_failures"] += sum(a is None for a in answers.values())
-        return [self.memo.get(p) for p in pairs]
-
-# ------------------------------------------------------------------------------------------------ how good is GSRM itself
-
-def report_card(read: list[list[Step] | None], gold: list[list[Step]]) -> dict[str, float]:
-    """Agreement of read structures with the true ones: share of exactly equal structures; precision, recall and F1 over steps (as multisets, case
-    and blanks aside); share not read at all."""
-    key = lambda step: tuple(" ".join(getattr(step, kind).lower().split()) for kind in KINDS)
-    a, b = [Counter(map(key, steps or [])) for steps in read], [Counter(map(key, steps)) for steps in gold]
-    hits, said, true = (sum(c.total() for c in cs) for cs in ([x & y for x, y in zip(a, b)], a, b))
-    exact = [steps is not None and [*map(key, steps)] == [*map(key, truth)] for steps, truth in zip(read, gold)]
-    return {"exact": sum(exact) / max(len(gold), 1), "precision": hits / max(said, 1), "recall": hits / max(true, 1), "f1": 2 * hits / max(said + true, 1),
-            "unread": sum(steps is None for steps in read) / max(len(gold), 1)}
+        keys = {pair: digest(self.judge_name, JUDGE, *pair) for pair in pairs}
+        new = [pair for pair in keys if keys[pair] not in self.memo]
+        self.stats.update(judgements=len(new), judge_cache_hits=len(keys) - len(new))
+        answers = {keys[p]: a for p, a in zip(new, self.ask(new), strict=True)} if new else {}
+        self.stats["judge_failures"] += sum(a is None or a != a for a in answers.values())
+        self.remember(self.memo, "p", {key: a for key, a in answers.items() if a is not None and a == a})          # NaN is a failure too
+        return [self.memo.get(keys[p]) for p in pairs]
 
 
 if __name__ == "__main__":                               # as a command it needs a model and a sampler; as a module it needs neither: the arrow stays one-way
     import importlib
     import sys
-    importlib.import_module("endpoint").annotate_main(sys.argv[2:]) if sys.argv[1:2] == ["annotate"] else importlib.import_module("eval").gsrm_main()
+    importlib.import_module("endpoint").annotate_main(sys.argv[2:]) if sys.argv[1:2] == ["annotate"] else importlib.import_module("card").main(sys.argv[1:])

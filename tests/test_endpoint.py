@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 import endpoint as module
 from data import Problem, TiktokenTokenizer, chat_ids, read_jsonl, write_jsonl
-from endpoint import EXAMPLES, TASK, Answer, Endpoint, EndpointDown, annotate, annotate_main, annotation_prompt, kept, read_answer, read_p_yes
-from gsrm import GSRM, JUDGE, KINDS, NO_STEPS, TAGS, Step, decompose_prompt, faithful, format_steps, judge_by, judge_prompt, neutralise, parse_steps
+from endpoint import EXAMPLES, TASK, Answer, Endpoint, EndpointDown, annotate, annotate_main, annotation_prompt, read_answer, read_p_yes
+from gsrm import GSRM, JUDGE, KINDS, NO_STEPS, TAGS, Step, decompose_prompt, faithful, format_steps, judge_by, judge_prompt, kept, neutralise, parse_steps
 from sft import Config, load_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -511,17 +511,22 @@ def reward_model(body: dict) -> Reply:
     return ok("yes", top={"Yes": math.log(0.2), "No": math.log(0.6), "maybe": math.log(0.2)})        # what is asked differs: texts that are equal are not asked
 
 
+def read_structures(folder: Path) -> list[dict]:
+    """The teacher structures in a GSRM's cache; the other rows are judgements."""
+    return [row for row in kept(folder / "cache.jsonl") if "text" in row]
+
+
 def test_gsrm_through_an_outage(fake: Fake, make: Callable[..., Endpoint], tmp_path: Path) -> None:
     e = make(retries=1, breaker=2)
     fake.behave = reward_model
     gsrm = GSRM(e.generate, judge_by(e.p_yes), tmp_path / "cache.jsonl", min_words=1)
     teacher, student, off = "a 1 then b 2", "a 1 then b 3", "x 9"
     first = [s.value for s in gsrm(["P"] * 3, [teacher, student, off], [[teacher]] * 3)]
-    assert first == [1.0, 0.75, 0.0] and len(read_jsonl(tmp_path / "cache.jsonl")) == 1
+    assert first == [1.0, 0.75, 0.0] and len(read_structures(tmp_path)) == 1
 
     fake.behave = lambda body: error(500)
     during = gsrm(["P", "P", "Q"], ["a 1 then b 4", off + " again", teacher], [[teacher], [teacher], ["c 5 then d 6"]])
-    assert [s.value for s in during] == [None] * 3 and len(read_jsonl(tmp_path / "cache.jsonl")) == 1 and e.down_until        # nothing of the outage is remembered
+    assert [s.value for s in during] == [None] * 3 and len(read_structures(tmp_path)) == 1 and e.down_until        # nothing of the outage is remembered
     fake.behave = lambda body: reward_model(body) if "<trace>" in text_of(body) else (0, b"", {})          # only the judge is broken
     cooled_down(e)
     half = [s.value for s in gsrm(["P"] * 2, [teacher + " at last", "a 1 then z 7"], [[teacher]] * 2)]
@@ -529,7 +534,7 @@ def test_gsrm_through_an_outage(fake: Fake, make: Callable[..., Endpoint], tmp_p
 
     fake.behave = reward_model
     after = gsrm(["P", "P", "Q"], ["a 1 then b 4", off + " again", "c 5 then d 6"], [[teacher], [teacher], ["c 5 then d 6"]])
-    assert [s.value for s in after] == [0.75, 0.0, 1.0] and len(read_jsonl(tmp_path / "cache.jsonl")) == 2
+    assert [s.value for s in after] == [0.75, 0.0, 1.0] and len(read_structures(tmp_path)) == 2
     fresh = GSRM(e.generate, judge_by(e.p_yes), tmp_path / "cache.jsonl", min_words=1)
     assert [s.value for s in fresh(["P"], [teacher], [[teacher]])] == [1.0] and fresh.stats["cache_hits"] == 1
     assert gsrm.stats["unscored"] == 4
@@ -613,6 +618,27 @@ def test_annotate_end_to_end(fake: Fake, tmp_path: Path, capsys: pytest.CaptureF
     assert fake.hits == 12 and out.read_bytes() == before and "12 pairs" in capsys.readouterr().out
     annotate_main(command(fake, problems_file(tmp_path, [*PROBLEMS, Problem("new", "N?", "1", ("e 4",), "math")]), out))
     assert fake.hits == 13 and len(rows_of(out)) == 13
+
+
+def test_two_models_do_not_meet_each_others_annotations(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each model is asked once for each trace, the record keeps both, OUT holds the pairs of the model of the last command and no trace twice."""
+    out, data, record = tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS), tmp_path / "pairs.jsonl.annotations.jsonl"
+
+    def behave(body: dict) -> Reply:
+        trace = parts(text_of(body))[1]
+        return ok("I cannot.") if body["model"] == "small" and trace == "c 1" else ok(structure(trace).replace("comes next", f"is next, says {body['model']}"))
+    fake.behave = behave
+    annotate_main(command(fake, data, out))
+    big = out.read_bytes()
+    small = [data, "--url", fake.url, "--model", "small", "--out", str(out)]
+    capsys.readouterr()
+    annotate_main(small)
+    assert "11 pairs" in (said := capsys.readouterr().out) and "1 rejected" in said and "12 of other models only in" in said and fake.hits == 24
+    assert len(rows_of(out)) == 11 == len({row["prompt"] for row in rows_of(out)}) and len(rows_of(record)) == 23
+    for again in (small, command(fake, data, out)):                  # whichever is resumed: nobody is asked, no row is doubled
+        annotate_main(again)
+        assert fake.hits == 24 and len(rows_of(record)) == 23 == len({(row["model"], row["key"]) for row in rows_of(record)})
+    assert out.read_bytes() == big
 
 
 def test_limit_takes_the_first_problems(fake: Fake, tmp_path: Path) -> None:
@@ -712,7 +738,7 @@ def test_kill_and_restart_double_and_lose_nothing(fake: Fake, tmp_path: Path) ->
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL
-    done = set(kept(record))
+    done = {row["key"] for row in kept(record)}
     assert 7 <= len(done) < 40 and not out.exists()
     fake.behave = annotator
     time.sleep(0.3)                                                  # what the dead one had under way
@@ -798,7 +824,7 @@ def test_scoring_over_transformers_serve_survives_its_death(make: Callable[..., 
         threading.Thread(target=kill_in_mid_run, daemon=True).start()
         during = [s.value for s in gsrm(["P"] * 2000, [f"try {n}: a 1 then b 2" for n in range(2000)], [[teacher]] * 2000)]
         assert set(during) == {1.0, None} and during[0] == 1.0 and during[-1] is None and e.down_until
-        assert [s.value for s in gsrm(["Q"], [teacher], [["another a 1 then b 2"]])] == [None] and len(read_jsonl(tmp_path / "cache.jsonl")) == 1
+        assert [s.value for s in gsrm(["Q"], [teacher], [["another a 1 then b 2"]])] == [None] and len(read_structures(tmp_path)) == 1
         assert capsys.readouterr().err.count("is down") == 1
         server.wait(30)
         server = serve(folder, port)

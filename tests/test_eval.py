@@ -1,4 +1,4 @@
-"""Sampling and scoring of an evaluation, its tables, and what `python eval.py` and `python gsrm.py eval` print, against hand-made rows."""
+"""Sampling and scoring of an evaluation, its tables, and what `python eval.py` prints, against hand-made rows."""
 import json
 import math
 import subprocess
@@ -222,8 +222,6 @@ def test_the_commands(tmp_path):
     done = run("eval.py", "--model", "toy/student", "--data", "toy", "--k", "2", "--limit", "4", "--temperature", "1", "--max_new_tokens", "60", "--out", str(out))
     assert done.returncode == 0 and "mean@2" in done.stdout and len(out.read_text().splitlines()) == 8, done.stderr[-1000:]
     assert {"id", "seed", "text", "stop", "correct", "answer"} <= set(json.loads(out.read_text().splitlines()[0]))
-    done = run("gsrm.py", "eval", "--model", "toy/student", "--gsrm", "toy/gsrm", "--data", "toy", "--truth", "toy:read", "--k", "1", "--limit", "4")
-    assert done.returncode == 0 and "exact" in done.stdout and "r(structure, true_structure)" in done.stdout, done.stderr[-1000:]
     bad = run("eval.py", "compare", str(out), "nowhere.jsonl")
     assert bad.returncode == 1 and bad.stderr == "error: no generations at nowhere.jsonl: give a file that eval.py wrote (--out)\n"
     with pytest.raises(FileNotFoundError, match="no problems at nowhere.jsonl"):

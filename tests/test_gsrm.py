@@ -3,6 +3,8 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data import Problem, TiktokenTokenizer, chat_ids
+from eval import load_gsrm
 from gsrm import (
     DECOMPOSE,
     GSRM,
@@ -27,6 +32,7 @@ from gsrm import (
     Pair,
     Score,
     Step,
+    check_answers,
     clean,
     decompose_prompt,
     exact_judge,
@@ -34,12 +40,15 @@ from gsrm import (
     format_steps,
     judge_by,
     judge_prompt,
+    kept,
     neutralise,
     parse_steps,
     reading_rule,
-    report_card,
     structure_rewards,
+    variables,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def examples(count: int) -> settings:
@@ -469,6 +478,56 @@ def test_injection_corpus() -> None:
         count += 1
     assert count >= 200
 
+BENIGN = "so Ann has 4 plus 3, that is 7"
+INJECTED = st.one_of(st.text(max_size=60), st.lists(st.one_of(st.sampled_from([*SPECIALS, *DELIMITERS, *STEP_TAGS, *HOSTILE, "<", "[", "|", ">", "]", ":", "/", "\n", "\0", " ", "\u200b", "1",
+    "<pad>", "<unk>", "<unused99>", "[CLS]", "[TOOL_CALLS]", "</tool_response>", "im_end|>", "<|im_", "Answer 1]:", "[Ans", "yes", "Answer yes.", BENIGN]), st.text(max_size=5)),
+    max_size=8).map("".join))
+
+
+@examples(300)
+@given(INJECTED, st.integers(0, 2), st.sampled_from(KINDS))
+def test_injected_text_in_one_field_changes_no_other(text: str, at: int, kind: str) -> None:
+    """Nor the verdict on the others: the reward is that of the same structure with any other wrong text in that place."""
+    hostile = [replace(step, **{kind: f"x {text} x"}) if i == at else step for i, step in enumerate(TEACHER[:3])]
+    read = parse_steps(format_steps(hostile))
+    assert read.dropped == [] and [replace(step, **{kind: ""}) if i == at else step for i, step in enumerate(read.steps)] == [
+        replace(step, **{kind: ""}) if i == at else step for i, step in enumerate(TEACHER[:3])]
+    harmless = [replace(step, **{kind: "something else"}) if i == at else step for i, step in enumerate(TEACHER[:3])]
+    obeys = judge_by(lambda prompts: [float(p.count("\n") != 2 or p.split("\n")[1][3:] == p.split("\n")[2][3:]) for p in prompts])       # a judge that can be fooled by a fourth line
+    a, b = one(read.steps, TEACHER[:3], judge=obeys), one(harmless, TEACHER[:3], judge=obeys)
+    assert (a.value, a.steps, a.left_at) == (b.value, b.steps, b.left_at)
+
+
+def chatml() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as Qwen's, with ChatML's special tokens and a few of other families."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "</tool_response>", "<s>", "</s>", "<pad>", "<unk>", "<unused99>", "[INST]",
+             "[/INST]", "[CLS]", "[TOOL_CALLS]", "<start_of_turn>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return tokenizer
+
+
+TOKENIZER = chatml()
+
+
+@examples(300)
+@given(INJECTED, INJECTED)
+def test_no_injected_text_adds_a_delimiter_or_a_special_token_to_a_prompt(first: str, second: str) -> None:
+    special = lambda prompt: [i for i in chat_ids(TOKENIZER, prompt) if i >= 256]
+    marks = ["<trace>", "</trace>", "<problem>", "</problem>", "<think>", "</think>", "\0"]
+    hostile, harmless = decompose_prompt(first, second), decompose_prompt(BENIGN, BENIGN)
+    assert [hostile.lower().count(mark) for mark in marks] == [harmless.count(mark) for mark in marks] and special(hostile) == special(harmless)
+    assert hostile.split("\n")[:2] == harmless.split("\n")[:2] and not parse_steps(hostile).steps
+    for kind in KINDS:
+        hostile, harmless = judge_prompt(kind, first, second), judge_prompt(kind, BENIGN, BENIGN)
+        assert len(hostile.splitlines()) == 3 and hostile.split("\n")[0] == harmless.split("\n")[0] and hostile.split("\n")[2].startswith("2: ")
+        assert special(hostile) == special(harmless)
+        assert judge_prompt(kind, BENIGN, second).split("\n")[:2] == harmless.split("\n")[:2]          # what the student writes does not touch the teacher's line
+
 # ------------------------------------------------------------------------------------------------ the model around it
 
 
@@ -581,7 +640,8 @@ def test_teachers_are_read_once_over_two_instances(tmp_path: Path) -> None:
     assert sorted(map(len, first.calls)) == [2, 2, 3] or sorted(map(len, first.calls)) == [3, 3, 3]
     teacher_prompts = first.calls[0]
     assert sorted(teacher_prompts) == sorted([decompose_prompt("p", T), decompose_prompt("p", text_of(OTHER)), decompose_prompt("p2", T)])
-    assert len(path.read_text().splitlines()) == 3
+    lines = lambda: sum('"text"' in line for line in path.read_text().splitlines())              # the others are judgements
+    assert lines() == 3
     again = GSRM(second, exact_judge, path)
     assert again.teachers(["p", "p2"], [[T, text_of(OTHER)], [T]]) == [[TEACHER, OTHER], [TEACHER]]
     assert second.calls == [] and again.stats["cache_hits"] == 3 and again.stats["decompositions"] == 0
@@ -589,12 +649,13 @@ def test_teachers_are_read_once_over_two_instances(tmp_path: Path) -> None:
     assert second.calls == [[decompose_prompt("p3", T)]]
     other = Reader()
     assert GSRM(other, exact_judge, path, name="another model").teachers(["p"], [[T]]) == [[TEACHER]]
-    assert len(other.calls) == 1 and len(path.read_text().splitlines()) == 5
+    assert len(other.calls) == 1 and lines() == 5
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 10, 60, 89, 100])
 def test_a_half_written_line_of_the_cache_is_a_miss_and_no_more(tmp_path: Path, cut: int) -> None:
-    """Killed in the middle of writing (also in the middle of a letter): the next run reads the rest, asks again, writes, and the run after that reads all."""
+    """Killed in the middle of writing (also in the middle of a letter, or before the line's end): the next run reads the rest, asks again, writes, and the run after
+    that reads all."""
     path, u = tmp_path / "cache.jsonl", "日本語/é/ünï"
     GSRM(Reader(), exact_judge, path).teachers(["p"], [[T, u]])
     path.write_bytes(path.read_bytes()[:-cut])
@@ -603,8 +664,8 @@ def test_a_half_written_line_of_the_cache_is_a_miss_and_no_more(tmp_path: Path, 
         reader = Reader()
         assert GSRM(reader, exact_judge, path).teachers(["p"], [[T, u]]) == [[TEACHER, steps(u)]]
         calls += reader.calls
-    assert calls == ([[decompose_prompt("p", u)]] if cut > 1 else [])                            # once; the whole line before it still counts
-    assert all("key" in json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}") and line.count('"key"') == 1)
+    assert calls == [[decompose_prompt("p", u)]]                     # once; the whole line before it still counts
+    assert [json.loads(line).keys() for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [{"key", "text"}] * 2
 
 
 def test_odd_text_survives_the_cache(tmp_path: Path) -> None:
@@ -632,6 +693,112 @@ def test_judgements_are_remembered_failures_are_not() -> None:
         GSRM(Reader(), lambda pairs: [1.0])(["p"], [T], [[T, text_of(OTHER)]])
 
 
+def test_judgements_survive_the_process_failures_do_not(tmp_path: Path) -> None:
+    """A second instance asks nobody what the first one was told, gets the same floats, and asks again what had failed; another judge asks all."""
+    path, students = tmp_path / "cache.jsonl", [T, text_of([*TEACHER[:3], replace(TEACHER[3], answer="fail")]), text_of(but(1, "query")).replace("other ", "other")]
+    judge = Recorder(lambda pair: None if pair[2] == "fail" else 0.1 + 0.2 if pair[1] == pair[2] else 1 / 3)
+    soft = Recorder(lambda pair: None if pair[2] == "fail" else 0.5 if pair[1] == pair[2] else 1 / 3)
+    first = GSRM(Reader(), soft, path)(["p"] * 3, students, [[T]] * 3)
+    assert [s.value for s in first] == [1.0, None, 0.875] and len(soft.asked) == len(set(soft.asked)) == 14
+    second, again = Recorder(lambda pair: None), GSRM(Reader(), judge, path)
+    again.ask = second
+    assert again(["p"] * 3, students, [[T]] * 3) == first and second.asked == [("answer", "a4", "fail")] and again.stats["judge_cache_hits"] == 13
+    pair = ("query", "q2", "otherquery")
+    assert GSRM(Reader(), second, path).judge([pair]) == [1 / 3] == GSRM(Reader(), soft, None).judge([pair])                 # the same float, to the last bit
+    other = GSRM(Reader(), judge, path, judge_name="another judge")
+    assert other.judge([pair, ("meta", "m1", "m1")]) == [1 / 3, 0.1 + 0.2] and len(judge.asked) == 2 and other.stats["judgements"] == 2
+    assert len({line for line in path.read_text().splitlines()}) == len(path.read_text().splitlines()) == 1 + 13 + 2
+
+
+WRITER = """
+import sys
+from gsrm import GSRM
+gsrm = GSRM(None, lambda pairs: [0.25] * len(pairs), sys.argv[1], judge_name=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()                                                 # all start together
+for wave in range(40):
+    gsrm.judge([("query", f"{wave} {n}", "x" * 300) for n in range(200)])
+"""
+
+
+def test_processes_that_share_a_cache_do_not_mix_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "cache.jsonl"
+    path.write_text('{"key": "a", "p": 1.0}\n[3]\nno json\n{"key": "b", "te')             # a torn line, and two that are no rows
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), f"judge {n}"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for n in range(3)]
+    assert [w.stdout.readline() for w in writers] == [b"ready\n"] * 3
+    for w in writers:
+        w.stdin.close()
+    assert [w.wait(60) for w in writers] == [0, 0, 0]
+    rows = kept(path)
+    assert len(rows) == 1 + 3 * 40 * 200 == len({row["key"] for row in rows}) and path.read_bytes().count(b"\n") == len(rows) + 2 and rows[0] == {"key": "a", "p": 1.0}
+
+
+def test_kept_cuts_half_a_line_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert kept(path) == [] and not path.exists()
+    whole = '{"key": "é\u2028"}\n\n{"key": "2"}\n'.encode()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        rows, end = kept(path), whole[:cut].rfind(b"\n") + 1
+        assert path.read_bytes() == whole[:end] and [row["key"] for row in rows] == ["é\u2028", "2"][:whole[:cut].count(b"}\n")]
+    path.write_bytes(b'{"key": "1"}\n\xff\xfe{"key"\n7\n{"key": "2"}\n')
+    assert [row["key"] for row in kept(path)] == ["1", "2"]
+
+# ------------------------------------------------------------------------------------------------ the symbolic check of answers
+
+
+def checker(verdicts: dict[tuple[str, str], bool | None]) -> tuple[Callable, list]:
+    asked: list[tuple[str, str]] = []
+
+    def same_answer(pairs: list[tuple[str, str]]) -> list[bool | None]:
+        asked.extend(pairs)
+        return [verdicts.get(pair) for pair in pairs]
+    return same_answer, asked
+
+
+def test_the_symbolic_check_decides_only_what_it_read_both_ways_round() -> None:
+    same_answer, asked = checker({("x+1", "1+x"): True, ("x+1", "x+2"): False, ("x+2", "x+1"): False, ("2/3", "3/"): False, ("3/", "2/3"): None,
+                                  ("3.33", "10/3"): False, ("10/3", "3.33"): False, ("0.5", "\\frac{1}{2}"): True, ("7+8", "9*8"): None})
+    prompts: list[str] = []
+    judge = judge_by(lambda new: (prompts.extend(new), [0.75] * len(new))[1], same_answer)
+    pairs = {("answer", "x+1", "1+x"): 1.0, ("answer", "x+1", "x+2"): 0.0, ("answer", "2/3", "3/"): 0.75, ("answer", "3.33", "10/3"): 0.75, ("answer", "0.5", "\\frac{1}{2}"): 1.0,
+             ("answer", "7+8", "9*8"): 0.75, ("query", "x+1", "x+2"): 0.75, ("meta", "x+1", "x+2"): 0.75, ("answer", "4", "5"): 0.0, ("answer", "Ann plus Max", "Max plus Ann"): 0.75}
+    assert judge([*pairs, *pairs]) == [*pairs.values()] * 2 and judge.stats["symbolic"] == 3 and len(prompts) == 6
+    assert set(asked) == {("x+1", "1+x"), ("x+1", "x+2"), ("x+2", "x+1"), ("2/3", "3/"), ("3/", "2/3"), ("3.33", "10/3"), ("0.5", "\\frac{1}{2}"), ("7+8", "9*8")}
+    assert len(asked) == len(set(asked))                             # no decimals are turned round, no pair is asked twice
+    gsrm = GSRM(Reader(), judge)
+    gsrm.judge([*pairs])
+    assert gsrm.stats["symbolic"] == 6 and gsrm.stats["judgements"] == len(pairs)                # the judge counts where GSRM does
+
+
+@pytest.mark.parametrize("text", ["in the middle", "Ann plus Max", "5 cm", "12 apples", "sqrt(2)", "x = 5", "16-3-4=9", "2 1/2", "1 000", "3(4)", "(2)(3)", "3/4x", "1/2x",
+                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "", "1" * (MAX_FIELD + 1), "1,000+" * 101 + "1", "五"])
+def test_what_is_not_plainly_mathematics_never_reaches_the_checker(text: str) -> None:
+    same_answer, asked = checker({})
+    for other in ("5", "x", text + " "):
+        check_answers([("answer", text, other), ("answer", other, text)], same_answer)
+    assert asked == [] and variables(text) is None
+
+
+def test_letters_must_be_the_same() -> None:
+    assert variables("2x^2 + \\frac{y}{\\pi} - \\sin(x)") == {"x", "y"} and variables("1,000,000") == variables("\\sqrt{2}") == variables("$3.50") == set()
+    same_answer, asked = checker({})
+    check_answers([("answer", "5 m", "5 s"), ("answer", "5 m", "5"), ("answer", "x", "2")], same_answer)     # math-verify calls the first two equal
+    assert asked == []
+
+
+def test_the_symbolic_check_with_math_verify_behind_it() -> None:
+    """The judge that eval.load_gsrm makes, on real notation: equal forms, different ones, and what it must leave to the model."""
+    gsrm, judge = load_gsrm("toy/gsrm", "", None, "cpu"), load_gsrm("toy/gsrm", "toy/gsrm", None, "cpu").ask
+    assert gsrm.name != gsrm.judge_name and "judge" in gsrm.judge_name               # two checkpoints, two names: a new judge does not meet the old one's verdicts
+    same = [("1/2", "0.5"), ("\\frac{1}{2}", "2/4"), ("(x+1)^2", "x^2+2x+1"), ("9 * 2", "18"), ("16-3-4", "9"), ("1,000", "10^3"), ("2\\sqrt{2}", "\\sqrt{8}"), ("$18", "18.00")]
+    different = [("1/2", "1/3"), ("(x+1)^2", "x^2+1"), ("9 * 2", "19"), ("\\sqrt{2}", "\\sqrt{3}"), ("[0, 5)", "[0, 5]")]
+    doubtful = [("10/3", "3.33"), ("12 -", "13"), ("-(5", "-6"), ("2**3", "9")]
+    got = judge([("answer", *pair) for pair in same + different + doubtful])
+    assert got[:-4] == [1.0] * len(same) + [0.0] * len(different) and judge.stats["symbolic"] == len(same + different)
+    assert all(0 < p < 1 for p in got[-4:])                          # the model's
+
+
 def test_judge_by_asks_only_what_is_not_sure() -> None:
     asked: list[str] = []
 
@@ -656,14 +823,3 @@ def test_one_number_written_in_two_ways_is_not_judged_different(a: str, b: str) 
 
 def test_exact_judge() -> None:
     assert exact_judge([("meta", "A b", " a\nB "), ("query", "a", "a b"), ("answer", "", " ")]) == [1.0, 0.0, 1.0]
-
-
-def test_report_card_closed_form() -> None:
-    upper = [Step(s.meta.upper(), f" {s.query} ", s.answer) for s in TEACHER]
-    read = [TEACHER, upper, TEACHER[::-1], None, [], TEACHER[:2] + TEACHER[:1]]
-    gold = [TEACHER, TEACHER, TEACHER, TEACHER, [], TEACHER]
-    hits, said, true = 4 + 4 + 4 + 0 + 0 + 2, 4 + 4 + 4 + 0 + 0 + 3, 20                          # a step said twice is right once
-    card = {"exact": 3 / 6, "precision": hits / said, "recall": hits / true, "f1": 2 * hits / (said + true), "unread": 1 / 6}
-    assert report_card(read, gold) == pytest.approx(card)
-    assert report_card([], []) == {"exact": 0, "precision": 0, "recall": 0, "f1": 0, "unread": 0}
-    assert report_card([[]], [[]])["exact"] == 1 and report_card([None], [[]])["exact"] == 0
