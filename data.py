@@ -17,10 +17,12 @@ import json
 import re
 import sys
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import tiktoken
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -108,6 +110,12 @@ class Tokenizer(Protocol):
     def save_pretrained(self, path: str) -> object: ...
 
 
+@cache
+def compiled(chat_template: str) -> Template:
+    """Once per template: a millisecond, which would else be paid for every prompt and every trace that GSRM reads."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
+
+
 class TiktokenTokenizer:
     """A `tiktoken.Encoding` behind Hugging Face's method names, from a folder's tiktoken.json:
     {"pattern": regex, "words": [...], "special": [...], "eos": ..., "pad": ..., "chat_template": jinja, "instruction": text}.
@@ -131,8 +139,7 @@ class TiktokenTokenizer:
         return self.encoding.decode([i for i in ids if not (skip_special_tokens and i in self.special_ids)])
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = True) -> str:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
     def save_pretrained(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from data import TiktokenTokenizer, chat_ids
+from decode import draw
 from logprob import linear_logprob
-from rollout import Rollout, Sampler, TextModel, check_head, draw, micro_batches, predictors
+from rollout import Rollout, Sampler, TextModel, check_head, micro_batches, predictors
 
 VOCAB, EOS, PAD = 64, 2, 2                                           # pad == eos throughout, as in many a tokenizer
 KINDS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
