@@ -97,12 +97,11 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
     if model.config._attn_implementation == "sdpa":                     # a ready mask saves making one at every token; eager attention would add its booleans up
         mask = mask[:, None, None]
     u, live = uniform(rows, device), torch.arange(n, device=device)                                         # row numbers still in the batch
-    start, T = mask.shape[-1] - max_new, max_new
+    running, going, start, T = torch.ones_like(finished), live, mask.shape[-1] - max_new, max_new           # a finished row may wait in the batch for company
     for t in range(max_new):
         token, logp, entropy = draw(logits, u[live, t], *draws)
-        running = ~finished[live]                                                                           # a finished row may wait in the batch for company
         for kept, new in ((tokens, token), (logps, logp), (entropies, entropy)):
-            kept[live[running], t] = new[running]
+            kept[going, t] = new if len(going) == len(live) else new[running]
         stopped = torch.isin(token, stop_ids) & running
         if stopped.any():
             lengths[live[stopped]], finished[live[stopped]] = t + 1, True
@@ -115,6 +114,8 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
             if len(keep) <= 0.8 * len(live):                                                                # copying the cache pays when enough rows leave at once
                 live, token, mask, position = live[keep], token[keep], mask[keep], position[keep]
                 cache.batch_select_indices(keep)
+            running = ~finished[live]
+            going = live[running]
         if t + 1 < max_new:
             out = model(input_ids=token[:, None], past_key_values=cache, use_cache=True, position_ids=position[:, None] + t, attention_mask=mask[..., : start + t + 1])
             logits = out.logits[:, -1]
@@ -168,7 +169,6 @@ class StaticDecoder:
         self.room = self.room or [tuple(x.new_zeros(self.N, x.shape[1], len(self.places), x.shape[3]) for x in (layer.keys, layer.values)) for layer in cache.layers]
         for room, layer in zip(self.room, cache.layers):
             room[0][:n, :, :width], room[1][:n, :, :width] = layer.keys[of_row], layer.values[of_row]
-        self.readable.fill_(True)
         self.readable[:n, 0, 0, : readable.shape[1]], self.position[:n, 0], self.u[:n] = readable, position, uniform(rows, self.u.device)
         self.t.zero_(), self.slot.fill_(width)
         self.keep(n, logits)
