@@ -47,11 +47,11 @@ class Sampler:
 
     def __init__(self, model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_rows: int = 1024, max_tokens: int = 1 << 22, static: bool | None = None):
         """max_rows and max_tokens (rows * (longest prompt + max_new_tokens), what the cache may grow to) bound a wave; more rows run in several waves, with the same result.
-        static: everything in fixed places, with CUDA graphs (default: on CUDA), or the plain loop; same completions."""
+        static: everything in fixed places, with CUDA graphs (default: on CUDA; sdpa or eager attention only), or the plain loop; same completions."""
         self.model, self.pad_id, self.max_rows, self.max_tokens = model, pad_id, max_rows, max_tokens
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
-        ready = model.config._attn_implementation in ("sdpa", "eager")                                      # which take a mask as numbers to add
-        self.static = ready and model.device.type == "cuda" if static is None else static
+        takes_numbers = model.config._attn_implementation in ("sdpa", "eager")                              # as a mask, to be added
+        self.static = takes_numbers and (model.device.type == "cuda" if static is None else static)
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
             raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
