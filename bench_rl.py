@@ -8,7 +8,7 @@ reward only against TRL's GRPOTrainer, both on the same model, problems, group, 
 once with rows that stop where they like; and the toy's RLKD step with GSRM, its teachers read before, as a run reads them once.
 
 How: implementations take turns in one process, the first round warms up, medians. One whose run takes longer than --patience seconds is
-not run again: that one run is its figure, and its row says so. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
+not run again: that one run is its figure, and its row says so. On a machine that others use too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
 """
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ from rollout import Sampler
 MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
 
 
-def machine() -> str:
-    return ", ".join((torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}"))
+def start_clock(args: argparse.Namespace) -> str:
+    """-> the machine, in words. --cpu_time: all clocks, train.py's too, show CPU seconds of this process."""
+    if args.cpu_time:
+        time.perf_counter = time.time = time.process_time
+    return ", ".join((torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
 
 # ------------------------------------------------------------------------------------------------ sampling
 
@@ -99,7 +102,7 @@ def take_turns(runs: dict[str, Callable[[], list[int]]], rounds: int, patience: 
 
 def bench_rollout(args: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
-    print(f"{machine()}, {args.rounds} rounds, medians, taking turns")
+    print(f"{start_clock(args)}, {args.rounds} rounds, medians, taking turns")
     for name, rows, max_new in itertools.product(args.model or (["1.5b", "7b"] if gpu else ["toy", "10m"]), args.rows or ([64, 256, 512] if gpu else [64]), [args.max_new_tokens or (2048 if gpu else 128)]):
         for lengths in ("equal", "spread"):
             job = make_job(name, rows, lengths, max_new)
@@ -143,7 +146,7 @@ def bench_step(args: argparse.Namespace) -> None:
     device, outcome = ["--device", "cuda" if torch.cuda.is_available() else "cpu"], ["--w_structure", "0", "--w_format", "0"]
     rlkd = Steps(device)
     rlkd.read_teachers(args.rounds + 1)
-    print(f"{machine()}; float32, AdamW, beta {rlkd.config.beta}; {args.rounds} rounds after one that warms up, medians, taking turns", flush=True)
+    print(f"{start_clock(args)}; float32, AdamW, beta {rlkd.config.beta}; {args.rounds} rounds after one that warms up, medians, taking turns", flush=True)
     for title, full_length, tokens in ((f"all rows {args.max_new_tokens} tokens", True, args.max_new_tokens), ("rows stop where they like", False, rlkd.config.max_new_tokens)):
         ours = Steps([*device, *outcome, "--max_new_tokens", str(tokens)], full_length)
         seconds: dict[str, list[dict[str, float]]] = {"ours, outcome only": [], "TRL, outcome only": []} | ({} if full_length else {"ours, RLKD with GSRM": []})
@@ -182,8 +185,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max_new_tokens", type=int)
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--patience", type=float, default=6.0, help="seconds; whoever takes longer runs once only")
+    command.add_argument("--cpu_time", action="store_true", help="CPU seconds instead of wall time")
     command.set_defaults(run=bench_rollout)
     command = commands.add_parser("step", help="whole RL steps on the toy, beside TRL's")
     command.add_argument("--max_new_tokens", type=int, default=105)
     command.add_argument("--rounds", type=int, default=10)
+    command.add_argument("--cpu_time", action="store_true", help="CPU seconds instead of wall time")
     command.set_defaults(run=bench_step)
