@@ -1,6 +1,6 @@
 """Rollouts: prompts in, sampled completions out, with the log-prob of every token under the distribution that it was drawn from.
 
-One prefill per prompt, its KV cache repeated G times, one decoding loop over all rows, finished rows leave the batch. The sampler uses the very
+One prefill per prompt, its KV cache repeated G times, one decoding loop over all rows (decode.py), finished rows leave the batch. The sampler uses the very
 module that is being trained: no server, no second copy of the weights, nothing to synchronise.
 
     u ~ U[0,1) from (seed, prompt index, sample index, t)        token_t = min{v : cdf_t(v) > u}        logp_t = log p_t(token_t)
@@ -61,7 +61,7 @@ class Sampler:
                  index: list[int] | None = None, on_finish: Callable[[int, list[int]], None] | None = None) -> Rollout:
         """G completions of each prompt. `index` are the prompts' numbers in the random streams (default 0, 1, ...): a prompt keeps its
         completions when it is sampled alone, in other company or on another rank. on_finish(row, token ids) hears of each completion as soon as it
-        ends, while others still decode. ValueError where a prompt is empty or does not fit."""
+        ends (static: up to 8 tokens later), while others still decode. ValueError where a prompt is empty or does not fit."""
         index = list(range(len(prompts))) if index is None else index
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -76,8 +76,8 @@ class Sampler:
         longest = max(map(len, prompts), default=0) + max_new_tokens
         per_wave = max(1, min(self.max_rows, self.max_tokens // max(longest, 1), len(rows)))
         modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()                                                                                   # no dropout; gradient checkpointing pauses, and lets the cache be
         try:
+            self.model.eval()                                                                               # no dropout; gradient checkpointing pauses, and lets the cache be
             with tqdm(total=len(rows), unit="row", desc="sampling", delay=5, leave=False, disable=None) as bar:      # speaks up after 5 s, on a terminal
                 def ended(first: int, row: int, ids: torch.Tensor) -> None:
                     bar.update()
