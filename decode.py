@@ -148,6 +148,13 @@ def row_bucket(n: int) -> int:
     return 3 * power // 4 if 4 <= power and n <= 3 * power // 4 else power
 
 
+def rows_that_fit(model: PreTrainedModel, longest: int, free: int) -> int:
+    """How many rows of `longest` tokens a StaticDecoder may have in 0.6 of `free` bytes, since it takes its room at once (the rest: prefill, logits, graphs)."""
+    c = model.config.get_text_config()
+    heads, head_dim = getattr(c, "num_key_value_heads", None) or c.num_attention_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return max(1, int(0.6 * free / (2 * c.num_hidden_layers * heads * head_dim * model.dtype.itemsize * -(-longest // 8) * 8)))
+
+
 class StaticDecoder:
     """Waves of up to N rows of up to `longest` tokens, prompt included, in memory and graphs that last for one call of generate."""
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from decode import StaticDecoder, Wave, decode
+from decode import StaticDecoder, Wave, decode, rows_that_fit
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Sampler:
             none = torch.zeros(len(rows), dtype=torch.int64, device=self.model.device)
             return [(none.new_zeros(len(rows), 0), none.new_zeros(len(rows), 0).float(), none.new_zeros(len(rows), 0).float(), none, none.bool())]
         if self.static:
+            if self.model.device.type == "cuda":
+                free = torch.cuda.mem_get_info(self.model.device)[0] + torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
+                per_wave = min(per_wave, rows_that_fit(self.model, longest, free))
             run = StaticDecoder(self.model, per_wave, longest, max_new, draws, self.stop_ids, self.pad_id).decode
         else:
             run = partial(decode, self.model, max_new=max_new, draws=draws, stop_ids=self.stop_ids, pad_id=self.pad_id)

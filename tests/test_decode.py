@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 import rollout as R
-from decode import StaticDecoder, row_bucket
+from decode import StaticDecoder, row_bucket, rows_that_fit
 from rollout import Rollout, Sampler
 
 EOS = PAD = 2
@@ -105,6 +105,14 @@ def test_rows_leave_and_attention_grows_in_buckets(decoders: list[StaticDecoder]
         rows = min(rows, row_bucket(going(t))) if t % 3 == 0 else rows
         expected.append(rows)
     assert [r for r, _ in steps] == expected and len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_rows_as_memory_has_room_for(kind: str, decoders: list[StaticDecoder]) -> None:
+    """Counted in the bytes that a decoder really takes for its keys and values."""
+    both(model(kind), 2, 13)
+    size, longest = sum(x.nbytes for pair in decoders[0].room for x in pair), 8 + 13
+    assert decoders[0].N == 8 and [rows_that_fit(model(kind), longest, int(size / 0.6 * share)) for share in (1.001, 0.999, 2.001, 0)] == [8, 7, 16, 1]
 
 
 def test_row_buckets() -> None:
