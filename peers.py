@@ -155,7 +155,7 @@ class Job:
     pad_id: int
 
 
-def sample_ours(job: Job, static: bool = False) -> list[int]:
+def sample_ours(job: Job, static: bool | None = None) -> list[int]:
     rollout = Sampler(job.model, job.stop_ids, job.pad_id, static=static).generate(job.prompts, job.group, job.max_new_tokens, 1.0)
     return rollout.lengths.tolist()
 
@@ -184,7 +184,7 @@ def sample_hf_continuous(job: Job) -> list[int]:
 
 
 class VLLM:
-    """vLLM's engine on a copy of the job's model, loaded at the first call. Not tried here yet: no machine of ours has it."""
+    """vLLM's engine on a copy of the job's model, loaded at the first call. Written from its documentation, not run yet."""
 
     def __call__(self, job: Job) -> list[int]:
         from vllm import LLM, SamplingParams
