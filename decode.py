@@ -10,7 +10,7 @@ r and l are buckets: r shrinks as rows leave, l grows with the text. A step neve
 decoded behind its own is cut off. tests/test_decode.py runs both loops on a CPU; no GPU has run the graphs yet.
 
 Left out on purpose: paged caches; one prompt's keys read once for its whole group; waiting prompts in the places of finished rows. Since finished rows leave, a wave
-wastes no row's work, only the fixed part of its tail's steps: 2 to 3 % of the time at 1024 rows a wave, 6 to 12 % at 256, 14 to 36 % at 64 (docs/bench.md).
+wastes no row's work, only the fixed part of its tail's steps: 2 to 3 % of the time at 1024 rows a wave, 6 to 12 % at 256, 13 to 36 % at 64 (docs/bench.md).
 """
 import warnings
 from collections.abc import Callable
