@@ -20,12 +20,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import tiktoken
 import torch
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -155,6 +156,12 @@ class Tokenizer(Protocol):
     def save_pretrained(self, path: str) -> object: ...
 
 
+@cache
+def compiled(chat_template: str) -> Template:
+    """Once per template: a millisecond, which would else be paid for every prompt and every trace that GSRM reads."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
+
+
 class TiktokenTokenizer:
     """A `tiktoken.Encoding` behind Hugging Face's method names, from a folder's tiktoken.json:
     {"pattern": regex, "words": [...], "special": [...], "eos": ..., "pad": ..., "chat_template": jinja, "instruction": text}.
@@ -178,8 +185,7 @@ class TiktokenTokenizer:
         return self.encoding.decode([i for i in ids if i < len(self) and not (skip_special_tokens and i in self.special_ids)])     # a padded embedding has ids without text
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = True) -> str:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
     def save_pretrained(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -228,32 +234,6 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
     return model.to(device).eval(), tokenizer
-
-
-class Masters:
-    """What the optimiser moves. Of a float32 model: its own parameters. Of a bfloat16 one, in which an update of less than 1/256 of a weight would be rounded away:
-    float32 copies. The gradient of each backward is added up in their .grad and freed; after optimizer.step(), write_back() rounds them into the model."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.own = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.own]
-        self.hooks = [p.register_post_accumulate_grad_hook(partial(self.collect, m)) for p, m in zip(self.own, self.parameters) if m is not p]
-
-    @staticmethod
-    def collect(master: torch.Tensor, p: torch.Tensor) -> None:
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        for p, master in zip(self.own, self.parameters):
-            if master is not p:
-                p.copy_(master)
-
-    def close(self) -> None:
-        """Takes the hooks off: the model's gradients are its own again."""
-        for hook in self.hooks:
-            hook.remove()
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -17,6 +17,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from data import (
     NO_EOS,
-    Masters,
     Tokenizer,
     chat_ids,
     data_file,
@@ -205,6 +205,32 @@ def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384
     if not math.isfinite(total):
         raise FloatingPointError(f"the held-out loss is {total}: lower the learning rate")
     return total / sum(len(target) for _, target in pairs)
+
+
+class Masters:
+    """What the optimiser moves. Of a float32 model: its own parameters. Of a bfloat16 one, in which an update of less than 1/256 of a weight would be rounded away:
+    float32 copies. The gradient of each backward is added up in their .grad and freed; after optimizer.step(), write_back() rounds them into the model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.own = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.own]
+        self.hooks = [p.register_post_accumulate_grad_hook(partial(self.collect, m)) for p, m in zip(self.own, self.parameters) if m is not p]
+
+    @staticmethod
+    def collect(master: torch.Tensor, p: torch.Tensor) -> None:
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for p, master in zip(self.own, self.parameters):
+            if master is not p:
+                p.copy_(master)
+
+    def close(self) -> None:
+        """Takes the hooks off: the model's gradients are its own again."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
