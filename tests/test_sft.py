@@ -18,10 +18,10 @@ import eval as evaluation
 import rollout
 import sft
 import toy
-from data import Masters, TiktokenTokenizer, chat_ids, file_hash, load_model, load_problems, problem_ids, template_hash, write_jsonl
+from data import TiktokenTokenizer, chat_ids, file_hash, load_model, load_problems, problem_ids, template_hash, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, judge_prompt, parse_steps
 from rollout import Sampler, predictors
-from sft import Config, Example, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
+from sft import Config, Example, Masters, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
 
 TOKENIZER = TiktokenTokenizer(dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", " has", "yes", "no"], special=["<|im_end|>"], eos="<|im_end|>",
                                    pad="<|im_end|>", instruction="", chat_template="{% for m in messages %}{{ m.content }}:{% endfor %}"))
