@@ -22,7 +22,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         taken = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
         return f"{error.filename}: {error.strerror}" + ": choose another path" * taken
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
 @contextmanager

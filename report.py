@@ -171,10 +171,7 @@ def read_generations(path: str | Path) -> list[dict]:
     """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one."""
     if not Path(path).is_file():
         raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
-    try:
-        rows = read_jsonl(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file: give a file that eval.py wrote (--out)") from None
+    rows = read_jsonl(path)
     for where, row in rows:
         if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
             raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")

@@ -156,7 +156,7 @@ def test_what_is_no_file_of_generations_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
     for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"), ("list.jsonl", "list.jsonl:1: not a generation"),
-                        ("empty.jsonl", "holds no generations"), ("picture.png", "not a text file"), ("nowhere", "no generations at")):
+                        ("empty.jsonl", "holds no generations"), ("picture.png", "picture.png:1: not valid JSON"), ("nowhere", "no generations at")):
         with pytest.raises(ValueError, match=words):
             report.read_generations(tmp_path / name)
 
