@@ -33,6 +33,7 @@ import bench_rl
 import kernels
 import logprob
 import peers
+from command import Parser, at_least, ending
 from peers import LENGTH, PEER_ERRORS, Case
 
 SHAPES = {"1.5b": (1536, 151936), "1.7b": (2048, 151936), "7b": (3584, 152064), "tiny": (64, 4099)}      # (D, V) of Qwen2.5-1.5B, Qwen3-1.7B, Qwen2.5-7B
@@ -223,6 +224,10 @@ def tune(case: Case, rounds: int) -> None:
         print(f"{ms:8.2f} ms {2 * case.hidden.numel() * len(case.weight) / ms / 1e9:5.0f} TFLOP/s  {tiles}")
 
 
+def chosen(only: list[str] | None) -> list[Row]:
+    return [row for row in rows() if not only or any(word.lower() in row.name.lower() for word in only)]
+
+
 def bench_logprob(args: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -235,28 +240,29 @@ def bench_logprob(args: argparse.Namespace) -> None:
             case = make_case(N, *SHAPES[shape], args.data, args.temperature, device, dtype)
             print(f"\n{shape}: D = {SHAPES[shape][0]}, V = {SHAPES[shape][1]}, N = {N}, {args.data} data")
             torch.compiler.reset()                                                  # one shape must not make the next one fall back to eager
-            chosen = [row for row in rows() if not args.only or any(word.lower() in row.name.lower() for word in args.only)]
-            tune(case, args.rounds) if args.tune else measure(case, chosen, args.rounds)
+            tune(case, args.rounds) if args.tune else measure(case, chosen(args.only), args.rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("logprob", help="log-probs of the language-model head, beside other implementations")
     command.add_argument("--shape", nargs="+", choices=SHAPES)
-    command.add_argument("--rows", nargs="+", type=int)
+    command.add_argument("--rows", nargs="+", type=at_least(1))
     command.add_argument("--data", choices=("random", "peaked"), default="random")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--rounds", type=int, default=30)
+    command.add_argument("--temperature", type=at_least(1e-6, float), default=1.0)
+    command.add_argument("--rounds", type=at_least(1), default=30)
     command.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     command.add_argument("--tune", action="store_true", help="try tile sizes of the forward kernel instead")
     command.set_defaults(run=bench_logprob)
     bench_rl.add_commands(commands)
     args = parser.parse_args()
-    try:
+    if getattr(args, "only", None) and not chosen(args.only):
+        parser.error(f"--only {' '.join(args.only)}: in no row's name; there are {', '.join(row.name for row in rows())}")
+    if getattr(args, "tune", False) and not torch.cuda.is_available():
+        parser.error("--tune: tile sizes are timed on a GPU, and there is none here")
+    with ending():
         args.run(args)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

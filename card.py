@@ -20,11 +20,13 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from command import Parser, ending, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
-from eval import evaluate, load_function, load_gsrm
+from eval import check, evaluate, find_function, load_function, load_gsrm
 from gsrm import GSRM, KINDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
 
@@ -230,6 +232,8 @@ def student_samples(args: argparse.Namespace, problems: list[Problem]) -> list[t
     """(number of its problem, thinking) of the student's samples."""
     model, tokenizer = load_model(args.model, args.device)
     room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(len(problem_ids(tokenizer, p)) for p in problems)
+    if room < 1:
+        raise ValueError(f"--model {args.model}: a prompt passes its positions; choose another student, or drop the long problems")
     rows = evaluate(model, tokenizer, problems, args.k, args.temperature, args.top_p, min(args.max_new_tokens, room), args.seed)
     number = {p.id: n for n, p in enumerate(problems)}
     return [(number[row["id"]], split_completion(row["text"])[0]) for row in rows]
@@ -238,8 +242,8 @@ def student_samples(args: argparse.Namespace, problems: list[Problem]) -> list[t
 def main(argv: list[str]) -> None:
     """The command `python gsrm.py eval`."""
     if argv[:1] != ["eval"]:
-        sys.exit("usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE\n       python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
-    parser = argparse.ArgumentParser(prog="python gsrm.py eval", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
+    parser = Parser(prog="python gsrm.py eval", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", nargs="?", help="problems with teacher traces (JSONL, or a folder with test.jsonl), or GSM8K's socratic file")
     parser.add_argument("--data", dest="data_flag", help="the same as a flag")
     for name, default, text in (("gsrm", "", "reward model: checkpoint folder, URL#MODEL or module:function"), ("judge", "", "its judge, if another one"),
@@ -250,23 +254,28 @@ def main(argv: list[str]) -> None:
                                 ("out", "", "JSON file for all figures"), ("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args(argv[1:])
-    try:
+    with ending():
         if not args.gsrm or not (data := args.data or args.data_flag):
             raise ValueError("DATA and --gsrm are needed: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read")
+        if args.data and args.data_flag:
+            raise ValueError(f"{args.data} and --data {args.data_flag}: give one of the two")
+        check(SimpleNamespace(**vars(args), engine="own", dtype="auto"))
         problems, human = load_gold(data, args.limit)
         if len(problems) < 2 or not all(p.teachers for p in problems):
             raise ValueError(f"{data}: the report card needs two problems or more, each with a teacher trace")
-        truth, pairs = (load_function(name) if name else None for name in (args.truth, args.pairs))
+        truth, pairs = load_function(args.truth) if args.truth else None, find_function(args.pairs) if args.pairs else None
         gsrm = load_gsrm(args.gsrm, args.judge, None, args.device, args.gsrm_max_new_tokens)
         if pairs and not hasattr(gsrm.ask, "p_yes"):
             raise ValueError(f"--pairs asks the judge's model, and {args.gsrm} is a rule: leave it out")
-        card = full_card(gsrm, problems, student_samples(args, problems) if args.model else [], truth, human, [pairs(random.Random(n)) for n in range(500)] if pairs else [])
+        labelled = [pairs(random.Random(n)) for n in range(500)] if pairs else []
+        if strange := next((pair for pair in labelled if not isinstance(pair, tuple) or len(pair) != 2 or pair[1] not in ("yes", "no")), None):
+            raise ValueError(f"--pairs {args.pairs} gave {str(strange)[:60]!r}: it has to return (prompt of the judge, 'yes' or 'no')")
+        if args.out:
+            folder(Path(args.out).parent)
+        card = full_card(gsrm, problems, student_samples(args, problems) if args.model else [], truth, human, labelled)
         for title in ("reading", "judge", "attacks"):
             show(title, card[title])
         if card["r"] is not None:
             print(f"\nr(structure, true_structure) = {card['r']:.3f} on the honest traces")
         if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(json.dumps({"flags": vars(args), **card}, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")

@@ -8,7 +8,6 @@ it gets its name: what bears the name step_000050 is whole, and what was damaged
 
 Left out on purpose: incremental checkpoints, remote storage.
 """
-import argparse
 import hashlib
 import json
 import shutil
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from command import Parser, ending, read_record
 from data import Tokenizer, load_tokenizer, save_model
 from parallel import all_max, rank
 
@@ -138,7 +138,7 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     shapes = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}
     if wrong := {n: s for n, p in model.named_parameters() if (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
         name = next(iter(wrong))
-        raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {dict(model.named_parameters()).get(name, torch.empty(0)).shape} here")
+        raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {tuple(dict(model.named_parameters()).get(name, torch.empty(0)).shape)} here")
     if optimizer:
         optimizer.state.clear()
         for name, p in model.named_parameters():
@@ -150,31 +150,33 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
 
 
 def start_folder(out: Path, settings: dict, resume: str) -> tuple[Path | None, list[str]]:
-    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). Log lines after it are cut off, so that none is doubled.
-    ValueError where `out` holds a run that is not to be resumed, or one of other settings. A collective."""
+    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). ValueError where `out` holds a run that is not to be
+    resumed, or one of other settings. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if not resume and (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with --resume auto")
     if not resume or not (out / "run.json").exists():
         return None, []
-    before = json.loads((out / "run.json").read_text())["config"]
+    before = read_record(out / "run.json", "config")["config"]
     if changed := [name for name in settings if name not in FREE and before.get(name) != settings[name]]:
         differ = ", ".join(f"--{name} was {before.get(name)!r}, is {settings[name]!r}" for name in changed)
         raise ValueError(f"--resume: {differ}; go on with the same settings, or choose another --out")
-    checkpoint, passed = newest_of_all(out / "checkpoints")
-    step = int(checkpoint.name[5:]) if checkpoint else 0
+    return newest_of_all(out / "checkpoints")
+
+
+def cut_logs(out: Path, step: int) -> None:
+    """Cuts off the log lines after `step`, so that a run that goes on from there doubles none."""
     for name in ("log.jsonl", "rollouts.jsonl"):
-        if rank() == 0 and (out / name).exists():
+        if (out / name).exists():
             lines = [line for line in (out / name).read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]     # a torn last line goes too
             (out / f".{name}").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             (out / f".{name}").rename(out / name)
-    return checkpoint, passed
 
 
 def main() -> None:
     """Writes a checkpoint's model and tokenizer as a Hugging Face folder."""
-    parser = argparse.ArgumentParser(description="A checkpoint of train.py as a Hugging Face folder.", allow_abbrev=False)
+    parser = Parser(description="A checkpoint of train.py as a Hugging Face folder.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="out/RUN/checkpoints/step_NNNNNN")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -189,4 +191,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

@@ -8,7 +8,6 @@ Nothing is dropped silently: rows read, written, skipped (by reason) and exclude
 A malformed row stops everything before --out exists; with --skip_bad it is listed instead. --exclude drops a problem that shares with an evaluation problem
 a run of 13 words (letters or digits, in lower case), or all of it where it has fewer. Left out on purpose: grading the teachers again, merging, fuzzy matching.
 """
-import argparse
 import heapq
 import json
 import random
@@ -17,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from command import Parser, at_least, one_line
 from data import INSTRUCTION, check_record, load_problems, split_completion
 from grade import final_answer
 
@@ -211,11 +211,11 @@ def records(rows: Iterable[tuple[int, tuple[str, object]]], name: str, convert: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python data.py convert", description="A public data set as the JSONL that data.py reads.", allow_abbrev=False)
+    parser = Parser(prog="python data.py convert", description="A public data set as the JSONL that data.py reads.", allow_abbrev=False)
     parser.add_argument("name", choices=CONVERTERS, help="whose rows they are")
     parser.add_argument("--out", required=True, type=Path, help="JSONL to write")
     parser.add_argument("--input", help="a .json, .jsonl or .parquet file, or repository:config:split on the hub (default: the original)")
-    parser.add_argument("--limit", type=int, default=0, help="so many rows, drawn at random, in their order (0: all)")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="so many rows, drawn at random, in their order (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of --limit and of the order of GPQA's choices")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation problems (JSONL, converted already) to share no 13 words with")
     parser.add_argument("--skip_bad", action="store_true", help="list malformed rows (and lines of --exclude) instead of stopping at one")
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         aside.replace(args.out)
     except (ValueError, OSError, ImportError) as error:
         wanted = f": pip install {error.name}, or --input a .json or .jsonl file that exists" if isinstance(error, ImportError) else ""
-        raise SystemExit(f"error: {error}{wanted}") from None
+        raise SystemExit(f"error: {one_line(error)}{wanted}") from None
     finally:
         if aside.exists():
             aside.unlink()

@@ -11,7 +11,6 @@ Show what a model will read:    python data.py toy --model toy/student        (-
 Convert a public data set:      python data.py convert gsm8k --input gsm8k_train.jsonl --out train.jsonl        (convert.py)
 Left out on purpose: dataset objects, collators, streaming. A list of Problems fits in memory at any size this method needs (3.2K in the paper).
 """
-import argparse
 import hashlib
 import importlib
 import json
@@ -30,7 +29,9 @@ from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+
+from command import Parser, ending
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
 
@@ -204,11 +205,15 @@ def check_folder(path: str | Path, needs: str = "") -> None:
 @contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
     """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
+    level = get_verbosity()
+    set_verbosity_error()                                # its report on the weights: load_model makes its own
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
         raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+    finally:
+        set_verbosity(level)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -222,9 +227,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return tokenizer
 
 
+DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
+
+
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
     """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers
-    would go on with random ones), or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
+    would go on with random ones) or not finite, for a device that is not there, or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
+    if str(device) not in DEVICES:
+        raise ValueError(f"--device {device}: not on this machine, choose one of: {', '.join(DEVICES)}")
     check_folder(path, "config.json")
     tokenizer = load_tokenizer(path)
     with one_line(path):
@@ -234,6 +244,11 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
     return model.to(device).eval(), tokenizer
+    if broken := next((name for name, p in model.to(device).named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
+    if unused := report["unexpected_keys"]:
+        print(f"{path}: {len(unused)} weights are left out, a {type(model).__name__} has no place for them (first: {min(unused)})", file=sys.stderr)
+    return model.eval(), tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -310,15 +325,13 @@ def join_completion(trace: str, answer: str) -> str:
 
 def show(argv: list[str]) -> None:
     """Prints a file's first problem and its prompt, token by token, under a model's tokenizer."""
-    parser = argparse.ArgumentParser(prog="python data.py", description="`python data.py convert -h` converts public data sets; otherwise prints a first problem and its prompt's tokens.")
+    parser = Parser(prog="python data.py", allow_abbrev=False, description="`python data.py convert -h` converts public data sets; otherwise prints a first problem and its prompt's tokens.")
     parser.add_argument("data", help="problems: JSONL, or a folder with train.jsonl")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name, for its tokenizer")
     parser.add_argument("--skip_bad", action="store_true", help="list bad lines instead of stopping at one")
     args = parser.parse_args(argv)
-    try:
+    with ending():
         problems, tok = load_problems(args.data, skip_bad=args.skip_bad), load_tokenizer(args.model)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     first, ids = problems[0], problem_ids(tok, problems[0])
     print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
 

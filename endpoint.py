@@ -31,6 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from command import Parser, at_least, ending
 from data import Problem, append_jsonl, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
@@ -239,6 +240,8 @@ def annotation_prompt(problem: Problem, trace: str) -> str:
 def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejected: bool = False) -> str:
     """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one of this model's, as soon as its answer comes; then OUT from the
     former. What other models wrote under the same OUT stays in the record and out of OUT: no trace has two targets there."""
+    if not any(p.teachers for p in problems):
+        raise ValueError("no problem has a teacher trace: there is nothing to annotate")
     record, rejected = (out.with_name(f"{out.name}.{kind}.jsonl") for kind in ("annotations", "rejected"))
     out.parent.mkdir(parents=True, exist_ok=True)
     if retry_rejected:
@@ -275,19 +278,17 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
 
 def annotate_main(argv: list[str]) -> None:
     """The command `annotate`; prices in money per million tokens."""
-    parser = argparse.ArgumentParser(prog="python endpoint.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="python endpoint.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", help="problems with teacher traces: JSONL or folder")
     for name in ("--url", "--model", "--out"):
         parser.add_argument(name, required=True)
     for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name}", type=at_least(1 if name in ("concurrency", "max_new_tokens", "deadline") else 0, type(default)), default=default)
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
     args = parser.parse_args(argv)
-    try:
+    with ending():
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
-        print(annotate(load_problems(args.data)[:max(args.limit, 0) or None], endpoint, Path(args.out), args.retry_rejected))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        print(annotate(load_problems(args.data)[:args.limit or None], endpoint, Path(args.out), args.retry_rejected))
     cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
     print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
 

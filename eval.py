@@ -14,7 +14,6 @@ A generation is a JSON line with its token ids, text, gold answer and verdict; F
 drawn again alone: `Sampler.generate([prompt], sample + 1, ..., seed=seed, index=[index])`, last row. Grading is in grade.py (three-valued: right, wrong,
 None = could not be graded; None never becomes 0).
 """
-import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -31,8 +30,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from command import ConfigParser, Parser, ending, read_record
 from data import Problem, Tokenizer, append_jsonl, chat_ids, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from endpoint import Endpoint
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
@@ -43,13 +43,26 @@ from rollout import Sampler, TextModel
 
 # ------------------------------------------------------------------------------------------------ reward model and truth, from flags
 
-def load_function(name: str) -> Callable[[str], list[Step]]:
-    """The function behind "module:function", a file of the working folder: a rule that reads a trace into steps."""
+def find_function(name: str) -> Callable:
+    """The function behind "module:function", a file of the working folder."""
     module, _, function = name.partition(":")
     found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
     if not callable(found):
         raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
     return found
+
+
+def load_function(name: str) -> Callable[[str], list[Step]]:
+    """The same, for a rule that reads a trace into steps: ValueError where it gives anything else, the first time for the empty trace, at once."""
+    rule = find_function(name)
+
+    def read(trace: str) -> list[Step]:
+        steps = rule(trace)
+        if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
+            raise ValueError(f"{name} gave {str(steps)[:60]!r} for the trace {trace[:40]!r}: it has to return a list of gsrm.Step")
+        return steps
+    read("")
+    return read
 
 
 URLS = ("http://", "https://")
@@ -71,9 +84,11 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
     """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
     a rule module:function with equal words as its judge."""
     if ":" in gsrm and not gsrm.startswith(URLS) and not Path(gsrm).exists():
+        if judge:
+            raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
     if not judge and (note := Path(gsrm) / "gsrm.json").is_file():            # {"judge": folder}, seen from the GSRM's own
-        judge = str(Path(gsrm) / json.loads(note.read_text())["judge"])
+        judge = str(Path(gsrm) / str(read_record(note, "judge")["judge"]))
     reader = text_model(gsrm, device, max_new_tokens)
 
     def named(path: str) -> str:
@@ -178,10 +193,12 @@ class Config:
 def check(config: Config) -> None:
     """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
     fine = {"k": config.k >= 1, "temperature": config.temperature >= 0, "top_p": 0 < config.top_p <= 1, "max_new_tokens": config.max_new_tokens >= 1, "limit": config.limit >= 0,
-            "seed": config.seed >= 0, "engine": config.engine in ("own", "vllm"), "dtype": config.dtype in ("auto", "float32", "bfloat16", "float16")}
+            "gsrm_max_new_tokens": config.gsrm_max_new_tokens >= 1, "seed": config.seed >= 0, "engine": config.engine in ("own", "vllm"), "dtype": config.dtype in ("auto", "float32", "bfloat16", "float16")}
     if wrong := next((name for name, ok in fine.items() if not ok), None):
         raise ValueError(f"--{wrong} {getattr(config, wrong)}: " + {"k": "at least one sample per problem", "temperature": "0 (greedy) or above", "top_p": "above 0, at most 1",
-                         "max_new_tokens": "at least 1", "limit": "0 (all) or above", "seed": "0 or above"}.get(wrong, Config.__dataclass_fields__[wrong].metadata["help"]))
+                         "max_new_tokens": "at least 1", "gsrm_max_new_tokens": "at least 1", "limit": "0 (all) or above", "seed": "0 or above"}.get(wrong, Config.__dataclass_fields__[wrong].metadata["help"]))
+    if config.judge and not config.gsrm:
+        raise ValueError(f"--judge {config.judge}: it judges the steps that a reward model reads; give --gsrm too, or leave it out")
     if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ImportError("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
 
@@ -216,7 +233,7 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
     if not record.is_file():
         raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
     flat = lambda tree: {f"{part} {name}": value for part, values in tree.items() for name, value in (values.items() if isinstance(values, dict) else (("", values),))}
-    before, now = flat(json.loads(record.read_text())), flat(wanted)
+    before, now = flat(read_record(record)), flat(wanted)
     if changed := [f"{name.strip()} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]:
         raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
     text = out.read_text(encoding="utf-8")
@@ -242,10 +259,10 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
         raise ValueError(f"{config.data}: the longest prompt has {longest} tokens, the model {positions} positions: nothing can be sampled")
     if budget < config.max_new_tokens:
         print(f"--max_new_tokens lowered from {config.max_new_tokens} to {budget}: the model has {positions} positions, the longest prompt {longest} tokens")
-    k = config.k if config.temperature else 1
-    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts), k) if out else []
     gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens) if config.gsrm else None
     truth = load_function(config.truth) if config.truth else None
+    k = config.k if config.temperature else 1
+    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts), k) if out else []
     there = {row["id"] for row in rows}
     todo = [i for i, p in enumerate(problems) if p.id not in there]
     print(f"{len(problems)} problems x {k} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens"
@@ -277,7 +294,7 @@ def rescore(file: str) -> None:
 
 def commands(argv: list[str]) -> None:
     """`python eval.py rescore | compare | show | plot`: what works on stored generations and runs."""
-    parser = argparse.ArgumentParser(prog="python eval.py", allow_abbrev=False)
+    parser = Parser(prog="python eval.py", allow_abbrev=False)
     new = parser.add_subparsers(dest="command").add_parser
     one = new("rescore", help="grade stored generations again")
     one.add_argument("file", help="generations, as eval.py stores them")
@@ -323,12 +340,11 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] and sys.argv[1] in ("rescore", "compare", "show", "plot"):
-            commands(sys.argv[1:])
-        else:
-            about = __doc__.split("\n")[0] + " Also: python eval.py rescore | compare | show | plot, each with --help"
-            main(HfArgumentParser(Config, description=about, allow_abbrev=False).parse_args_into_dataclasses()[0])
+        with ending():
+            if sys.argv[1:2] and sys.argv[1] in ("rescore", "compare", "show", "plot"):
+                commands(sys.argv[1:])
+            else:
+                about = __doc__.split("\n")[0] + " Also: python eval.py rescore | compare | show | plot, each with --help"
+                main(Config(**vars(ConfigParser(Config, description=about, allow_abbrev=False).parse_args())))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it stopped")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from command import read_record
 from data import Problem, read_jsonl
 from grade import majority_at_k, mean_interval, paired_bootstrap, pass_at_k
 from gsrm import Score
@@ -170,10 +171,7 @@ def read_generations(path: str | Path) -> list[dict]:
     """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one."""
     if not Path(path).is_file():
         raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
-    try:
-        rows = read_jsonl(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file: give a file that eval.py wrote (--out)") from None
+    rows = read_jsonl(path)
     for where, row in rows:
         if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
             raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")
@@ -217,7 +215,7 @@ def pair(paths: tuple[str, str], sides: list[list[dict]]) -> list[list[dict]]:
 def compare(first: str, second: str, picture: Path | None = None) -> dict[str, dict[str, float]]:
     """Prints both files' figures and second - first by the paired bootstrap over the problems that both hold; -> metric -> paired_bootstrap's figures."""
     paths, sides, differences, tables = (first, second), [read_generations(path) for path in (first, second)], {}, [{}, {}]
-    records = [json.loads(record.read_text())["config"] if (record := settings_path(Path(path))).is_file() else {} for path in paths]
+    records = [read_record(record, "config")["config"] if (record := settings_path(Path(path))).is_file() else {} for path in paths]
     for name in records[0] if all(records) else ():
         if name not in ("model", "data", "limit", "k", "device") and records[0][name] != records[1].get(name):
             print(f"note: --{name} was {records[0][name]!r} in {first}, {records[1].get(name)!r} in {second}")
@@ -286,7 +284,7 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
     if not file.is_file():
         raise ValueError(f"no rollouts at {file}: give the folder that train.py wrote (--out), or a file of eval.py")
     kept, seen = [], set()
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

@@ -14,7 +14,6 @@ activations. One process; left out on purpose: LoRA, packing, sharding, and resu
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -22,8 +21,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
+from command import ConfigParser, ending, folder, out_of_range
 from data import (
     NO_EOS,
     Tokenizer,
@@ -268,7 +268,7 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset = parser.parse_known_args(argv)[0].preset
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
@@ -277,15 +277,20 @@ def parse_config(argv: list[str] | None = None) -> Config:
     fine = {"model": c.model, "data": c.data, "out": c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
             "max_length": c.max_length >= 0, "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
             "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
+    wrong, wanted = out_of_range(asdict(c), {"seed": (0, 2**63)})
+    hints = {"out": "a folder, another one than --model", "eval_share": "a share below 1, and not --eval_data too", wrong: wanted}
+    fine |= {wrong: False} if wrong else {}
     for name, ok in fine.items():
         if not ok:
-            parser.error(f"--{name} {getattr(c, name)!r}: {next(f.metadata['help'] for f in fields(c) if f.name == name)}")
+            parser.error(f"--{name} {getattr(c, name)!r}: {hints.get(name) or next(f.metadata['help'] for f in fields(c) if f.name == name)}")
     if c.keep == "best" and not (c.eval_data or c.eval_share):
         parser.error("--keep best needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")
     return c
 
 
 def main(config: Config) -> None:
+    if any((Path(config.out) / name).exists() for name in ("config.json", "run.json")):
+        raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out")
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device, config.dtype)
     check_head(model)
@@ -295,7 +300,7 @@ def main(config: Config) -> None:
         held = load_examples(config, tokenizer, config.eval_data, "test", positions)
     elif config.eval_share:
         examples, held = hold_out(examples, config.eval_share, config.seed)
-    pairs, held_out, out, table = [e.pair for e in examples], [e.pair for e in held], Path(config.out), []
+    pairs, held_out, out, table = [e.pair for e in examples], [e.pair for e in held], folder(config.out), []
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
     measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
@@ -318,7 +323,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending():
         main(parse_config())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")

@@ -8,10 +8,10 @@ An arm is a list of commands; each is printed and can be run alone. All arms sta
 same two commands on the same held-out problems. A finished (regime, arm, seed) is a line of the results file and is not run again, so an interrupted study goes on.
 Interval: mean +- t(0.975, n-1) * sd / sqrt(n) over n seeds. Differences are paired by seed.
 """
-import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from command import Parser, at_least, ending, folder
 from data import append_jsonl, read_jsonl
 from grade import mean_interval
 from report import correlation, summary
@@ -50,7 +51,7 @@ METRICS = {"greedy": "accuracy greedy", "sampled": "accuracy sampled", "pass@16"
 
 
 def run(command: str, threads: int, log: Path) -> None:
-    """One command line, its output appended to `log`; RuntimeError with its last lines if it fails."""
+    """One command line, its output appended to `log`; RuntimeError with its last line if it fails."""
     with log.open("a") as file:
         file.write(f"$ {command}\n")
         file.flush()
@@ -58,7 +59,7 @@ def run(command: str, threads: int, log: Path) -> None:
         code = subprocess.run([sys.executable if words[0] == "python" else words[0], *words[1:]], stdout=file, stderr=subprocess.STDOUT,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     if code:
-        raise RuntimeError(f"{command}\nended with status {code}; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-8:]))
+        raise RuntimeError(f"{command} ended with status {code}: {log.read_text().splitlines()[-1]} (all that it said: {log})")
 
 
 def figures(sampled: list[dict], greedy: list[dict]) -> dict[str, float]:
@@ -78,16 +79,25 @@ def one(regime: str, arm: str, seed: int, folder: Path, threads: int) -> dict:
     started = time.time()
     for file in ("log.txt", "log.jsonl", "rollouts.jsonl", "run.json"):           # a half run starts over
         (out / file).unlink(missing_ok=True)
+    shutil.rmtree(out / "model", ignore_errors=True)
     for command in commands:
         run(command, threads, out / "log.txt")
     rows = [[row for _, row in read_jsonl(out / f"eval_{t}.jsonl")] for t in (1, 0)]
     return {"regime": regime, "arm": arm, "seed": seed, **figures(*rows), "seconds": round(time.time() - started), "commands": commands}
 
 
+def read_results(path: Path) -> list[dict]:
+    """The runs in a results file; ValueError names the line that is none."""
+    rows, wanted = read_jsonl(path), ("regime", "arm", "seed", *METRICS)
+    for where, row in rows:
+        if not isinstance(row, dict) or (missing := next((name for name in wanted if name not in row), None)):
+            raise ValueError(f"{where}: no line of a study" + (f", it has no {missing!r}" if isinstance(row, dict) else "") + ": give a file that `python study.py run` wrote")
+    return [row for _, row in rows]
+
+
 def report(results: Path) -> str:
     """Markdown tables of a results file: one per regime, arms in their order, then differences to GRPO paired by seed."""
-    rows = [row for _, row in read_jsonl(results)]
-    text = []
+    rows, text = read_results(results), []
     for regime in [r for r in REGIMES if any(row["regime"] == r for row in rows)]:
         of = {arm: sorted([row for row in rows if (row["regime"], row["arm"]) == (regime, arm)], key=lambda row: row["seed"]) for arm in ARMS}
         text += [f"**{regime}**: mean over seeds and 95 % interval", "", "| | seeds | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
@@ -108,20 +118,21 @@ def cell(values: list[float], digits: int = 2, least: float = -np.inf, most: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--quick", action="store_true", help="the small study: " + json.dumps(QUICK))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="arms that run side by side, each with its share of the cores")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=at_least(1), default=max(1, (os.cpu_count() or 1)), help="arms that run side by side, each with its share of the cores")
     parser.add_argument("--results", type=Path, default=Path("docs/study.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="where the runs go")
     args = parser.parse_args()
     if args.quick:
         vars(args).update(QUICK)
     if args.command == "run":
-        done = {(row["regime"], row["arm"], row["seed"]) for _, row in read_jsonl(args.results)} if args.results.exists() else set()
+        folder(args.results.parent)                                                 # before hours of work that could not be written down
+        done = {(row["regime"], row["arm"], row["seed"]) for row in read_results(args.results)} if args.results.exists() else set()
         todo = [(regime, arm, seed) for regime in args.regimes for seed in args.seeds for arm in args.arms[::-1] if (regime, arm, seed) not in done]
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         for regime in {regime for regime, *_ in todo}:
@@ -132,10 +143,11 @@ def main() -> None:
             for future in as_completed([pool.submit(one, *key, args.out, threads) for key in todo]):
                 append_jsonl(args.results, [future.result()])
                 bar.update()
-    if not args.results.exists():
+    if not args.results.exists() or not (tables := report(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
-    print(report(args.results))
+    print(tables)
 
 
 if __name__ == "__main__":
-    main()
+    with ending(RuntimeError):
+        main()

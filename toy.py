@@ -14,7 +14,6 @@ nothing needs; its steps are few, and when they run out it guesses. Looking up a
 
 Sums are mod 10: a guess is right one time in ten. `read` parses a trace by the world's grammar: the true structure, which only measures GSRM.
 """
-import argparse
 import random
 import re
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from command import Parser, at_least, ending
 from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
@@ -316,19 +316,17 @@ def log(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Without a command: problems, student, GSRM and judge into toy/.")
+    parser = Parser(description="Without a command: problems, student, GSRM and judge into toy/.")
     more = parser.add_subparsers(dest="command").add_parser("problems", help="problems of another level, as JSONL")
-    for name, default in (("people", PEOPLE), ("count", 256), ("seed", 1)):
-        more.add_argument(f"--{name}", type=int, default=default)
+    for name, default, least in (("people", PEOPLE, 3), ("count", 256, 1), ("seed", 1, 0)):
+        more.add_argument(f"--{name}", type=at_least(least), default=default)
     more.add_argument("--needed", type=int, nargs=2, default=NEEDED, metavar=("FROM", "TO"), help="how many people the answer takes")
     more.add_argument("--wording", choices=tuple(FACTS), default="plain")
     more.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.command == "problems":
-        try:
+        with ending():
             write_jsonl(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
         return
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "make.log").unlink(missing_ok=True)

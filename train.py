@@ -13,6 +13,7 @@
 A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png, run.json
 (settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
 """
+import importlib.util
 import json
 import math
 import sys
@@ -23,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 import eval as evaluation
 import parallel
 import report
-from checkpoint import Checkpoints, load_checkpoint, newest_of_all, start_folder
+from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
+from command import ConfigParser, ending, folder, out_of_range
 from data import (
     Problem,
     Tokenizer,
@@ -115,6 +117,11 @@ class Config:
     log_to: str = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
 
 
+MANY = math.inf
+RANGES = {"seed": (0, 2**63 // 1_000_003), "limit": (0, MANY), "steps": (1, MANY), "max_new_tokens": (1, MANY), "updates_per_batch": (1, MANY), "keep": (1, MANY), "max_faults": (1, MANY),
+          "max_teachers": (0, MANY), "gsrm_max_new_tokens": (1, MANY), "max_tokens": (1, MANY), "eval_problems": (0, MANY),
+          "eval_k": (1, MANY), "save_every": (0, MANY), "warmup_steps": (0, MANY), "weight_decay": (0, MANY), "clip_low": (0, 1), "clip_high": (0, MANY), "beta": (0, MANY),
+          "adam_beta2": (0, 1), "max_grad_norm": (1e-9, MANY), "reward_timeout": (1, MANY)}       # low <= number < high, where `parse_config` says nothing else
 PRESETS: dict[str, dict] = {
     "none": {},
     "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
@@ -133,7 +140,7 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     preset = parser.parse_known_args(argv)[0].preset
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
@@ -150,6 +157,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
              "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0",
              "temperature": "RL samples at a temperature above 0"}
+    wrong, wanted = out_of_range(asdict(config), RANGES)
+    if wrong:
+        checks[wrong] = False
+        hints.setdefault(wrong, wanted)
+    if config.log_to and checks["log_to"] and not importlib.util.find_spec(config.log_to):
+        checks["log_to"], hints["log_to"] = False, f"pip install {config.log_to}, or leave the flag out (log.jsonl has every figure)"
     for name, fine in checks.items():
         if not fine:
             help_text = next(f.metadata["help"] for f in fields(config) if f.name == name)
@@ -196,6 +209,14 @@ def set_up(config: Config, out: Path) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize) if config.gsrm else None
     return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None)
+
+
+def check_room(run: Run, held_out: list[Problem]) -> None:
+    """ValueError where a prompt and a completion together pass the model's positions: now, and not in the step that meets this problem."""
+    longest, name = max((len(problem_ids(run.tokenizer, p, run.config.instruction)), p.id) for p in [*run.problems, *held_out])
+    if longest + run.config.max_new_tokens > run.sampler.max_positions:
+        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {run.config.max_new_tokens} it passes the model's {run.sampler.max_positions} "
+                         "positions: lower --max_new_tokens, or drop the problem")
 
 
 def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
@@ -291,13 +312,16 @@ def main(config: Config) -> None:
     start, passed = start_folder(out, asdict(config), config.resume)
     for why in passed:
         say(f"passed over {why}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+    folder(out)
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
     held_out, run = load_data(config)[1], set_up(config, out)
+    check_room(run, held_out)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
     if rank() == 0:
+        if config.resume:
+            cut_logs(out, state["step"])
         files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if held_out else [])
         (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
     say(f"{len(run.problems)} problems, student {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f}M parameters" + (f", going on from {start}" if start else ""), flush=True)
@@ -318,9 +342,8 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     parallel.start()
     try:
-        main(parse_config())
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        with ending():
+            main(parse_config())
     except Leave as asked:
         print(asked, file=sys.stderr)
         sys.exit(128 + asked.number)                      # what a shell expects of a process that a signal has ended

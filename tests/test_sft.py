@@ -552,7 +552,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(capsys: pytest.Ca
 @pytest.mark.parametrize(("flags", "message"), [
     (["--preset", "paper"], "--preset paper: choose one of none, paper-gsrm"), (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
     (["--task", "judge"], "--task 'judge'"), (["--keep", "best"], "--keep best needs held-out pairs"), (["--dtype", "float16"], "--dtype 'float16': float32, or bfloat16"),
-    (["--out", "m"], "--out 'm': folder of the trained checkpoint"), (["--eval_share", "0.1", "--eval_data", "x"], "--eval_share 0.1"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--out", "m"], "--out 'm': a folder, another one than --model"), (["--eval_share", "0.1", "--eval_data", "x"], "--eval_share 0.1"), (["--batch_size", "0"], "--batch_size 0"),
     (["--model", ""], "--model '': checkpoint folder or hub name to start from"), (["--epochs", "two"], "--epochs"),
 ])
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

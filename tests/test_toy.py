@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import toy
+from card import report_card
 from data import load_model, load_problems, load_tokenizer, problem_ids, split_completion
 from eval import load_gsrm, true_structure
-from gsrm import Step, format_steps, parse_steps, reading_rule, report_card
+from gsrm import Step, format_steps, parse_steps, reading_rule
 from rollout import Sampler
 
 SHIPPED = Path(toy.FOLDER)
