@@ -1,7 +1,15 @@
 """Tiny Hugging Face checkpoints for tests: randomly initialised Qwen2, Qwen3 and Llama models with a byte-level BPE tokenizer and the chat template of their family."""
-from collections.abc import Iterable
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
@@ -45,3 +53,38 @@ def checkpoint(folder: Path, kind: str, tok: PreTrainedTokenizerFast, tied: bool
 def read(trace: str) -> list[Step]:
     """A rule that finds one step in any trace: two traces share its query or not, as it happens, and not its answer, so that a random model's group has a spread."""
     return [Step("there is a text", f"has it an {'odd' if sum(map(ord, trace)) % 2 else 'even'} sum", words(trace)[0])]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen:
+    """`transformers serve` on 127.0.0.1, ready to answer."""
+    with (folder / "serve.log").open("w") as log:
+        words = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 240
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+                if reply.status == 200:
+                    return process
+        except OSError:
+            time.sleep(0.2)
+    process.kill()
+    pytest.fail(f"transformers serve did not start, exit status {process.wait()}: {(folder / 'serve.log').read_text()[-500:]}")
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The checkpoint behind `transformers serve` on 127.0.0.1; the URL of its API."""
+    port = free_port()
+    server = serve(folder, port)
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait(30)
