@@ -151,7 +151,7 @@ def print_structure(rows: list[dict]) -> None:
     never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
     print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + (f", {len(rows) - len(scored)} unscored or without" if len(rows) > len(scored) else ""))
     for name, (mean, low, high, error) in figures.items():
-        print(f"{name:<32}{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]")
+        print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
     bar = lambda count: f"{count:7d} {count / len(scored):5.1%}  " + "#" * round(40 * count / len(scored))
     share = lambda value: "-" if math.isnan(value) else f"{value:.3f}"
@@ -170,10 +170,7 @@ def read_generations(path: str | Path) -> list[dict]:
     """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one."""
     if not Path(path).is_file():
         raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
-    try:
-        rows = read_jsonl(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file: give a file that eval.py wrote (--out)") from None
+    rows = read_jsonl(path)
     for where, row in rows:
         if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
             raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -102,7 +103,13 @@ def test_structure_report_on_the_toy_world_against_a_naive_walk(capsys):
     assert {s["step"] - 1: s["left"] for s in steps if s["left"]} == left and sum(left.values()) > 20
     report.print_structure(rows)
     text = capsys.readouterr().out
-    assert f"structure of {len(rows)} samples of 8 problems" in text and "choice accuracy" in text and "never left" in text and "#" in text
+    assert f"structure of {len(rows)} samples of 8 problems" in text and "choice accuracy" in text and "never left" in text and "#" in text and "nan" not in text
+
+
+def test_a_student_without_steps_has_no_accuracy(capsys):
+    report.print_structure([scored("p", [], TEACHER), scored("q", [], TEACHER)])
+    text = capsys.readouterr().out
+    assert re.search(r"^structure +0\.000 \+-", text, re.MULTILINE) and re.search(r"^choice accuracy +-$", text, re.MULTILINE) and "nan" not in text
 
 # ------------------------------------------------------------------------------------------------ comparison
 
@@ -156,7 +163,7 @@ def test_what_is_no_file_of_generations_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
     for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"), ("list.jsonl", "list.jsonl:1: not a generation"),
-                        ("empty.jsonl", "holds no generations"), ("picture.png", "not a text file"), ("nowhere", "no generations at")):
+                        ("empty.jsonl", "holds no generations"), ("picture.png", "picture.png:1: not valid JSON"), ("nowhere", "no generations at")):
         with pytest.raises(ValueError, match=words):
             report.read_generations(tmp_path / name)
 
