@@ -155,14 +155,17 @@ class TextModel:
         if not all(self.answers):
             raise ValueError("the judge's tokenizer has no single token for yes or for no: p(yes) cannot be read off its first answer token")
 
-    def generate(self, prompts: list[str]) -> list[str]:
-        """The greedy completion of each prompt, its stop token left out."""
+    def generate(self, prompts: list[str]) -> list[str | None]:
+        """The greedy completion of each prompt, its stop token left out; None for a prompt that fills the model's positions."""
         ids = [self.encode(p) for p in prompts]
-        order = sorted(range(len(ids)), key=lambda n: len(ids[n]))                                          # like lengths share a wave: little padding
-        room = self.sampler.max_positions - max(map(len, ids), default=0)
-        rollout = self.sampler.generate([ids[n] for n in order], 1, max(1, min(self.max_new_tokens, room)), 0.0)
-        texts = {n: self.decode(rollout.completion(i)[: rollout.lengths[i] - rollout.finished[i].int()]) for i, n in enumerate(order)}
-        return [texts[n] for n in range(len(prompts))]
+        room = [min(self.max_new_tokens, self.sampler.max_positions - len(i)) for i in ids]
+        order = sorted((n for n in range(len(ids)) if room[n] > 0), key=lambda n: len(ids[n]))              # like lengths share a wave: little padding
+        texts: list[str | None] = [None] * len(ids)
+        for rows in ([n for n in order if room[n] == self.max_new_tokens], *([n] for n in order if room[n] < self.max_new_tokens)):        # a long prompt shortens its own answer only
+            rollout = self.sampler.generate([ids[n] for n in rows], 1, room[rows[0]], 0.0) if rows else None
+            for i, n in enumerate(rows):
+                texts[n] = self.decode(rollout.completion(i)[: rollout.lengths[i] - rollout.finished[i].int()])
+        return texts
 
     @torch.inference_mode()
     def p_yes(self, prompts: list[str]) -> list[float]:

@@ -496,6 +496,16 @@ def test_text_model_answers_in_order_without_the_stop_token() -> None:
     assert lm.generate([]) == [] and lm.p_yes([]) == []
 
 
+def test_a_prompt_that_fills_the_positions_costs_nobody_else_an_answer() -> None:
+    """128 positions, six new tokens: 126 leave room for two of them, 128 and more for none."""
+    lm, short = text_model(), TEXTS[:2]
+    alone = lm.generate(short)
+    answers = lm.generate(["1" * 127, short[0], "1" * 125, short[1], "1" * 200])
+    assert answers[0] is answers[4] is None and [answers[1], answers[3]] == alone and 1 <= len(answers[2].split()) <= 2
+    tokens, *_ = twin_row(lm.sampler.model, chat_ids(text_tokenizer(), "1" * 125), np.zeros(2), 0.0, 1.0, set())
+    assert answers[2].split() == [str(t) for t in tokens][:len(answers[2].split())] and lm.generate(["1" * 127]) == [None]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 30, 16384])
 def test_p_yes_is_the_share_of_yes_in_yes_and_no(max_tokens: int) -> None:
     lm, tok = text_model(max_tokens), text_tokenizer()
