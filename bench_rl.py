@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import eval as evaluation
 import peers
 import train
+from command import at_least
 from data import load_model, problem_ids, stop_and_pad_ids, whole_turns
 from peers import PEER_ERRORS, Job
 from rollout import Sampler
@@ -181,14 +182,14 @@ def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("rollout", help="sampling, beside transformers' generate and continuous batching, and vLLM")
     command.add_argument("--model", nargs="+", choices=MODELS)
-    command.add_argument("--rows", nargs="+", type=int)
-    command.add_argument("--max_new_tokens", type=int)
-    command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--patience", type=float, help="seconds; whoever takes longer is not run again (default: 6, on a GPU 120)")
+    command.add_argument("--rows", nargs="+", type=at_least(1))
+    command.add_argument("--max_new_tokens", type=at_least(1))
+    command.add_argument("--rounds", type=at_least(1), default=3)
+    command.add_argument("--patience", type=at_least(0, float), help="seconds; whoever takes longer is not run again (default: 6, on a GPU 120)")
     command.add_argument("--cpu_time", action="store_true", help="CPU seconds instead of wall time")
     command.set_defaults(run=bench_rollout)
     command = commands.add_parser("step", help="whole RL steps on the toy, beside TRL's")
-    command.add_argument("--max_new_tokens", type=int, default=105)
-    command.add_argument("--rounds", type=int, default=10)
+    command.add_argument("--max_new_tokens", type=at_least(1), default=105)
+    command.add_argument("--rounds", type=at_least(1), default=10)
     command.add_argument("--cpu_time", action="store_true", help="CPU seconds instead of wall time")
     command.set_defaults(run=bench_step)
