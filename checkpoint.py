@@ -31,7 +31,8 @@ from parallel import all_max, rank, whole_state
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # one process without torchrun: that is meant
 
 FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max_tokens", "device", "out", "offload", "gradient_checkpointing", "log_to", "reward_timeout",
-        "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run", "gpu_memory_gb", "cache_gb"}     # settings that may change between a run and its resume
+        "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run", "gpu_memory_gb",
+        "cache_gb"}                                           # settings that may change between a run and its resume
 
 
 def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ class Shape:
     adapters: int
     layers: int
     D: int
-    I: int  # noqa: E741
+    I: int
     V: int
     heads: int
     kv_heads: int
@@ -215,13 +215,15 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
 
 
 def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
-    """(what to change, the settings then, the processes then)."""
-    changes = [("--gradient_checkpointing True", {"gradient_checkpointing": True}), (f"--cache_gb {config.cache_gb / 2:g}", {"cache_gb": config.cache_gb / 2}),
-               (f"--max_tokens {config.max_tokens // 2}", {"max_tokens": config.max_tokens // 2}), ("--dtype bfloat16", {"dtype": "bfloat16"}), ("--beta 0", {"beta": 0.0}),
-               ("--offload True", {"offload": True}), ("--lora_rank 32", {"lora_rank": config.lora_rank or 32}), ("a reward model behind --gsrm http://...", {"gsrm": "http://"})]
-    same = asdict(config)
-    found = [(text, replace(config, **change), world) for text, change in changes if any(same[name] != value for name, value in change.items())]
-    return found + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step]
+    """(what to change, the settings then, the processes then): first what moves no figure of the run, one by one and together, then what does, then more processes."""
+    free = {"--gradient_checkpointing True": {"gradient_checkpointing": True}, f"--cache_gb {config.cache_gb / 2:g}": {"cache_gb": config.cache_gb / 2},
+            f"--max_tokens {config.max_tokens // 2}": {"max_tokens": config.max_tokens // 2}, "--offload True": {"offload": True}}
+    other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0}, "--gsrm http://...": {"gsrm": "http://"}}
+    new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
+    together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
+    return ([(text, replace(config, **change), world) for text, change in new.items() if text in free] + [(" ".join(text for text in new if text in free), replace(config, **together), world)]
+            + [(text, replace(config, **change), world) for text, change in new.items() if text in other]
+            + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step])
 
 # ------------------------------------------------------------------------------------------------ the report
 

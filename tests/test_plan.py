@@ -136,7 +136,8 @@ def test_what_is_shared_out_is_shared_out():
 
 @pytest.mark.parametrize("preset, flags, says", [
     ("qwen1.5b", (), ["1,543.71M", "64 problems x 8 = 512 rollouts a step", "170 rows at a time, 4 wave(s)", "\nfits in 80 GB", "Qwen2.5-7B-Instruct assumed, give --gsrm"]),
-    ("qwen1.5b", ("--gradient_checkpointing", "False", "--gpu_memory_gb", "48"), ["does not fit in 48 GB", "--gradient_checkpointing True", "--lora_rank 32"]),
+    ("qwen1.5b", ("--gradient_checkpointing", "False", "--gpu_memory_gb", "48"), ["does not fit in 48 GB", "--gradient_checkpointing True                65.1 GB, not enough alone",
+                                                                                              "--gradient_checkpointing True --cache_gb 10 --max_tokens 8192 --offload True   31.1 GB, fits"]),
     ("qwen1.5b", ("--max_new_tokens", "3500"), ["the model has 4096 positions: --max_new_tokens 3072"]),
     ("paper", (), ["7,615.62M", "8 problems x 4 = 32", "does not fit in 80 GB", "--nproc_per_node 8", "--offload True"]),
     ("paper-zero", ("--gsrm", "http://127.0.0.1:1/v1#m"), ["reward model   http://127.0.0.1:1/v1#m\n", "= 4096 tokens each"])])
@@ -164,12 +165,18 @@ def test_every_remedy_that_is_named_helps(capsys):
     assert all((float(line[line.index("GB,") - 1]) <= 0.92 * 80) == (line[-1] == "fits") for line in lines)
 
 
-@pytest.mark.parametrize("flags, says", [(["--preset", "none", "--model", "nobody/nothing", "--dry_run"], "nobody/nothing: neither a folder here nor a hub name that can be reached"),
-                                         (["--preset", "qwen1.5b"], "--data is needed by --preset qwen1.5b"),
-                                         (["--preset", "paper", "--data", "toy"], "the structure reward needs a reward model; give one")])
-def test_what_is_missing_is_said_on_one_line(flags, says):
-    done = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+def test_a_model_that_cannot_be_read_is_said_on_one_line():
+    done = subprocess.run([sys.executable, "train.py", "--preset", "none", "--model", "nobody/nothing", "--dry_run"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and done.stderr.startswith("error: nobody/nothing: neither a folder here nor a hub name that can be reached") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("flags, says", [(["qwen1.5b"], "--data is needed by --preset qwen1.5b"), (["paper", "--data", "toy"], "the structure reward needs a reward model; give one"),
+                                         (["toy", "--cache_gb", "0"], "--cache_gb 0"), (["toy", "--lora_rank", "-1"], "--lora_rank -1")])
+def test_what_a_preset_needs_is_said(flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_config(["--preset", *flags])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_reward_models_load_in_the_dtype_asked_for():
