@@ -19,7 +19,7 @@ def torchrun(processes, script, *flags, timeout=120, launcher=()):
     """A job of several processes; -> (status, stdout and stderr, seconds)."""
     started = time.time()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *launcher, str(script), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     return done.returncode, done.stdout + done.stderr, time.time() - started
 
 
