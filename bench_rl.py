@@ -182,7 +182,7 @@ def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("rollout", help="sampling, beside transformers' generate and continuous batching, and vLLM")
     command.add_argument("--model", nargs="+", choices=MODELS)
-    command.add_argument("--rows", nargs="+", type=at_least(1))
+    command.add_argument("--rows", nargs="+", type=at_least(8), help="completions, eight of each prompt")
     command.add_argument("--max_new_tokens", type=at_least(1))
     command.add_argument("--rounds", type=at_least(1), default=3)
     command.add_argument("--patience", type=at_least(0, float), help="seconds; whoever takes longer is not run again (default: 6, on a GPU 120)")

@@ -243,7 +243,6 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
-    return model.to(device).eval(), tokenizer
     if broken := next((name for name, p in model.to(device).named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
     if unused := report["unexpected_keys"]:
@@ -299,6 +298,14 @@ def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None 
     """The student's prompt: the problem and, on its own paragraph, the instruction (None: the tokenizer's own if it has one, else INSTRUCTION)."""
     instruction = getattr(tokenizer, "instruction", INSTRUCTION) if instruction is None else instruction
     return chat_ids(tokenizer, f"{problem.problem}\n\n{instruction}" if instruction else problem.problem)
+
+
+def check_room(tokenizer: Tokenizer, problems: list[Problem], instruction: str | None, max_new_tokens: int, positions: int) -> None:
+    """ValueError where a prompt and a completion together pass the model's positions: before the work, and not in the step that meets this problem."""
+    longest, name = max((len(problem_ids(tokenizer, p, instruction)), p.id) for p in problems)
+    if longest + max_new_tokens > positions:
+        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {max_new_tokens} it passes the model's {positions} positions: "
+                         "lower --max_new_tokens, or drop the problem")
 
 
 def opening(tokenizer: Tokenizer) -> str:
