@@ -206,7 +206,7 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
              "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
-    reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers else None
+    reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
         times["scoring"] = reader.seconds + 2 * readers[-1].params * rows * STEPS * 3 * QUESTION / FLOPS
@@ -243,7 +243,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
     fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt)
     student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm)
-    shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers if config.w_structure else [])]
+    shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
     r, room, updates = plan.rollouts, config.gpu_memory_gb * 1e9, config.updates_per_batch
