@@ -123,23 +123,22 @@ class Steps:
 
     def __init__(self, flags: list[str], full_length: bool = False):
         self.config = c = train.parse_config(flags)
-        self.problems, self.step = train.load_data(c)[0], 0
-        self.model, self.tokenizer = load_model(c.model, c.device)
-        stops, pad = stop_and_pad_ids(self.model, self.tokenizer)
-        self.sampler = Sampler(self.model, set() if full_length else stops, pad)
-        self.reference = load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None
-        self.gsrm = evaluation.load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=c.weight_decay)
+        self.step, (model, tokenizer) = 0, load_model(c.model, c.device)
+        stops, pad = stop_and_pad_ids(model, tokenizer)
+        self.run = train.Run(c, train.load_data(c)[0], model, tokenizer, load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None,
+                             torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=c.weight_decay), Sampler(model, set() if full_length else stops, pad),
+                             evaluation.load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None, None)
 
     def read_teachers(self, steps: int) -> None:
-        chosen = [self.problems[i] for s in range(steps) for i in train.cursor(len(self.problems), self.config.problems_per_step, self.config.seed, s)]
-        self.gsrm.teachers([p.problem for p in chosen], [list(p.teachers) for p in chosen])
+        chosen = [self.run.problems[i] for s in range(steps) for i in train.cursor(len(self.run.problems), self.config.problems_per_step, self.config.seed, s)]
+        self.run.gsrm.teachers([p.problem for p in chosen], [list(p.teachers) for p in chosen])
 
     def __call__(self) -> dict[str, float]:
         started = time.perf_counter()
-        metrics, rows = train.step_once(self.step, self.problems, self.model, self.tokenizer, self.reference, self.optimizer, self.sampler, self.gsrm, None, self.config)
+        metrics, rows, _ = train.step_once(self.run, self.step)
         self.step += 1
-        return {"step": time.perf_counter() - started, **{name: metrics[f"time/{name}"] for name in ("sampling", "scoring", "update")},
+        return {"step": time.perf_counter() - started, "sampling": metrics["time/sampling"], "scoring": metrics["time/scoring"],
+                "update": metrics["time/reference"] + metrics["time/update"],
                 "tokens": metrics["completions/mean_length"] * len(rows)}
 
 
@@ -162,7 +161,7 @@ def bench_step(args: argparse.Namespace) -> None:
 def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | None, steps: int) -> None:
     """Fills seconds, step by step by turns; without TRL ours run alone."""
     def grade(completions: list[list[int]], problems: list[int]) -> list[float]:
-        rights = evaluation.grade_all(whole_turns(ours.tokenizer, completions), [ours.problems[i].answer for i in problems])
+        rights = evaluation.grade_all(whole_turns(ours.run.tokenizer, completions), [ours.run.problems[i].answer for i in problems])
         return [float(right or 0) for right in rights]
 
     def turn(trl: dict[str, float] | None) -> None:
@@ -170,7 +169,7 @@ def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | 
             seconds[name] += [part] if part else []
 
     model, c = load_model(ours.config.model, ours.config.device)[0], ours.config
-    prompts, ends = [problem_ids(ours.tokenizer, p, c.instruction) for p in ours.problems], (ours.tokenizer.eos_token_id, stop_and_pad_ids(model, ours.tokenizer)[1])
+    prompts, ends = [problem_ids(ours.run.tokenizer, p, c.instruction) for p in ours.run.problems], (ours.run.tokenizer.eos_token_id, stop_and_pad_ids(model, ours.run.tokenizer)[1])
     try:
         peers.trl_steps(model, prompts, c, ends, not len(ours.sampler.stop_ids), grade, steps, turn)
     except ImportError as error:

@@ -18,6 +18,15 @@ from checkpoint import Checkpoints, damage, load_checkpoint, newest
 from data import load_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bitwise means the same number of threads in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small():
     """(model, tokenizer, optimiser) after one step."""
@@ -29,7 +38,7 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):  # noqa: F811
+def straight(one_thread, data, tmp_path_factory):  # noqa: F811
     """One run of 8 steps, a checkpoint every two."""
     out = tmp_path_factory.mktemp("straight")
     train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4"))
@@ -147,7 +156,7 @@ def die_in(module, name, nth, after):
             die()
         return result
     setattr(module, name, wrapped)
-PLACES = {"sampling": lambda: die_in(rollout.Sampler, "_wave", 2, True), "scoring": lambda: die_in(train, "score", 1, False), "backward": lambda: die_in(update, "apply_gradient", 1, False),
+PLACES = {"sampling": lambda: die_in(rollout, "decode", 2, True), "scoring": lambda: die_in(train, "score", 1, False), "backward": lambda: die_in(update, "apply_gradient", 1, False),
           "after the update": lambda: die_in(train, "update", 2, True), "between the two logs": lambda: die_in(train, "append_jsonl", 3, True),
           "while shards are written": lambda: die_in(checkpoint.HuggingFaceStorageWriter, "write_data", 1, True), "before the manifest": lambda: die_in(checkpoint, "manifest", 1, False),
           "before the rename": lambda: die_in(checkpoint, "manifest", 1, True), "while old ones are removed": lambda: die_in(checkpoint, "spare", 1, True),

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from test_checkpoint import one_thread  # noqa: F401
 from test_train import ROOT, SMALL, config, data, lines, weights  # noqa: F401
 
 import parallel
@@ -30,7 +31,7 @@ def furthest(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):  # noqa: F811
+def alone(one_thread, data, tmp_path_factory):  # noqa: F811
     """Three steps of one process, all rows in one micro-batch."""
     out = tmp_path_factory.mktemp("alone")
     train.main(config(data, out, *STEPS, "--max_tokens", "100000"))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import eval as evaluation
 import parallel
 import plan
+import rollout
 import train
 from data import load_model, load_tokenizer, problem_ids, save_model, write_jsonl
 from toy import make_problems
@@ -87,14 +88,16 @@ def test_the_toys_tensors_are_the_plans(data, tmp_path):  # noqa: F811
     assert (r.rows, r.longest, r.together, r.cache) == (16, 100, 16, 16 * 100 * 2 * 3 * 4 * 16 * 4) and p.micro_batches == 1
 
 
-def test_a_wave_is_the_samplers(data):  # noqa: F811
+def test_a_wave_is_the_samplers(data, monkeypatch):  # noqa: F811
     """A small cache makes more waves, and the same completions."""
     model, tok = load_model("toy/student")
     prompts = [problem_ids(tok, p) for p in train.load_problems(data)[:3]]
     s, longest, waves = plan.shape(model.config), max(map(len, prompts)) + 20, []
     sampler = plan.sampler_of(model, tok, cache_gb=7 * longest * plan.cache_bytes(model.config, 4) / G)
-    wave, sampler._wave = sampler._wave, lambda rows, *rest: (waves.append(len(rows)), wave(rows, *rest))[1]
-    small, large = (x.generate(prompts, 4, 20, 1.0, seed=5) for x in (sampler, plan.sampler_of(model, tok)))
+    large = plan.sampler_of(model, tok).generate(prompts, 4, 20, 1.0, seed=5)
+    real = rollout.decode
+    monkeypatch.setattr(rollout, "decode", lambda model, rows, **rest: (waves.append(len(rows)), real(model, rows, **rest))[1])
+    small = sampler.generate(prompts, 4, 20, 1.0, seed=5)
     w = plan.sampling(s, 12, 3, longest - 20, 20, 7 * longest * plan.cache_bytes(model.config, 4) / G, 4)
     assert waves == [7, 5] and w.together == 7 and torch.equal(small.tokens, large.tokens)
 

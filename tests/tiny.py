@@ -52,7 +52,7 @@ def checkpoint(folder: Path, kind: str, tok: PreTrainedTokenizerFast, tied: bool
 
 def read(trace: str) -> list[Step]:
     """A rule that finds one step in any trace: two traces share its query or not, as it happens, and not its answer, so that a random model's group has a spread."""
-    return [Step("there is a text", f"has it an {'odd' if sum(map(ord, trace)) % 2 else 'even'} sum", words(trace)[0])]
+    return [Step("there is a text", f"has it an {'odd' if sum(map(ord, trace)) % 2 else 'even'} sum", (words(trace) or ["nothing"])[0])]
 
 
 def free_port() -> int:
