@@ -122,7 +122,7 @@ class Steps:
     """Our training steps, one a call, on a model of their own; -> seconds by part."""
 
     def __init__(self, flags: list[str], full_length: bool = False):
-        self.config = c = train.parse_config(flags)
+        c = train.parse_config(flags)
         self.step, (model, tokenizer) = 0, load_model(c.model, c.device)
         stops, pad = stop_and_pad_ids(model, tokenizer)
         self.run = train.Run(c, train.load_data(c)[0], model, tokenizer, load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None,
@@ -130,7 +130,7 @@ class Steps:
                              evaluation.load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None, None)
 
     def read_teachers(self, steps: int) -> None:
-        chosen = [self.run.problems[i] for s in range(steps) for i in train.cursor(len(self.run.problems), self.config.problems_per_step, self.config.seed, s)]
+        chosen = [self.run.problems[i] for s in range(steps) for i in train.cursor(len(self.run.problems), self.run.config.problems_per_step, self.run.config.seed, s)]
         self.run.gsrm.teachers([p.problem for p in chosen], [list(p.teachers) for p in chosen])
 
     def __call__(self) -> dict[str, float]:
@@ -146,12 +146,12 @@ def bench_step(args: argparse.Namespace) -> None:
     device, outcome = ["--device", "cuda" if torch.cuda.is_available() else "cpu"], ["--w_structure", "0", "--w_format", "0"]
     rlkd = Steps(device)
     rlkd.read_teachers(args.rounds + 1)
-    print(f"{start_clock(args)}; float32, AdamW, beta {rlkd.config.beta}; {args.rounds} rounds after one that warms up, medians, taking turns", flush=True)
-    for title, full_length, tokens in ((f"all rows {args.max_new_tokens} tokens", True, args.max_new_tokens), ("rows stop where they like", False, rlkd.config.max_new_tokens)):
+    print(f"{start_clock(args)}; float32, AdamW, beta {rlkd.run.config.beta}; {args.rounds} rounds after one that warms up, medians, taking turns", flush=True)
+    for title, full_length, tokens in ((f"all rows {args.max_new_tokens} tokens", True, args.max_new_tokens), ("rows stop where they like", False, rlkd.run.config.max_new_tokens)):
         ours = Steps([*device, *outcome, "--max_new_tokens", str(tokens)], full_length)
         seconds: dict[str, list[dict[str, float]]] = {"ours, outcome only": [], "TRL, outcome only": []} | ({} if full_length else {"ours, RLKD with GSRM": []})
         race(ours, seconds, None if full_length else rlkd, args.rounds + 1)
-        N, middle = ours.config.problems_per_step * ours.config.group_size, {n: {k: statistics.median(p[k] for p in parts[1:]) for k in parts[0]} for n, parts in seconds.items() if parts}
+        N, middle = ours.run.config.problems_per_step * ours.run.config.group_size, {n: {k: statistics.median(p[k] for p in parts[1:]) for k in parts[0]} for n, parts in seconds.items() if parts}
         print(f"\n{N} rows, {title}\n| | seconds a step | of ours | sampling | scoring | update | tokens a row |\n|---|---|---|---|---|---|---|")
         for name, m in middle.items():
             print(f"| {name} | {m['step']:.2f} | {m['step'] / middle['ours, outcome only']['step']:.2f} | {m['sampling']:.2f} | {m['scoring']:.2f} | {m['update']:.2f} | {m['tokens'] / N:.0f} |", flush=True)
@@ -168,10 +168,10 @@ def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | 
         for name, part in zip(seconds, (ours(), trl, rlkd() if rlkd else None)):
             seconds[name] += [part] if part else []
 
-    model, c = load_model(ours.config.model, ours.config.device)[0], ours.config
+    model, c = load_model(ours.run.config.model, ours.run.config.device)[0], ours.run.config
     prompts, ends = [problem_ids(ours.run.tokenizer, p, c.instruction) for p in ours.run.problems], (ours.run.tokenizer.eos_token_id, stop_and_pad_ids(model, ours.run.tokenizer)[1])
     try:
-        peers.trl_steps(model, prompts, c, ends, not len(ours.sampler.stop_ids), grade, steps, turn)
+        peers.trl_steps(model, prompts, c, ends, not len(ours.run.sampler.stop_ids), grade, steps, turn)
     except ImportError as error:
         print(f"no TRL here ({error}): ours alone")
         for _ in range(steps):

@@ -50,11 +50,11 @@ def test_a_timed_step_is_a_training_step() -> None:
     ours = bench_rl.Steps(["--device", "cpu", "--w_structure", "0", "--w_format", "0", "--max_new_tokens", "20", "--problems_per_step", "2"], full_length=True)
     m = ours()
     assert m["tokens"] == 2 * 8 * 20 and m["step"] >= m["sampling"] + m["scoring"] + m["update"] > 0.9 * m["step"] > 0
-    assert ours.gsrm is None and ours.step == 1
+    assert ours.run.gsrm is None and ours.step == 1
     rlkd = bench_rl.Steps(["--device", "cpu", "--max_new_tokens", "60", "--problems_per_step", "1"])
     rlkd.read_teachers(1)
-    known = len(rlkd.gsrm.cache)
-    assert known and rlkd()["tokens"] <= 8 * 60 and len(rlkd.gsrm.cache) == known                # the step read no teacher again
+    known = len(rlkd.run.gsrm.cache)
+    assert known and rlkd()["tokens"] <= 8 * 60 and len(rlkd.run.gsrm.cache) == known                # the step read no teacher again
 
 
 def test_without_trl_ours_run_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
