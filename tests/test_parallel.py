@@ -91,6 +91,7 @@ train.score, update.linear_policy_loss = score, spoiled
     assert fault.name == "step_000002.json" and len(json.loads(fault.read_text())["rollouts"]) == 16
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_ends_the_job(data, tmp_path):  # noqa: F811
     script = job(tmp_path, "def score(*args):\n    time.sleep(300 if me == 1 else 0)\n    return real(*args)\ntrain.score = score\n")
     code, said, seconds = torchrun(2, script, *SMALL, "--steps", "2", "--data", str(data), "--out", str(tmp_path / "out"), "--reward_timeout", "2")
