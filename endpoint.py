@@ -283,7 +283,7 @@ def annotate_main(argv: list[str]) -> None:
     for name in ("--url", "--model", "--out"):
         parser.add_argument(name, required=True)
     for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
-        parser.add_argument(f"--{name}", type=at_least(1 if name in ("concurrency", "max_new_tokens", "deadline") else 0, type(default)), default=default)
+        parser.add_argument(f"--{name}", type=at_least({"concurrency": 1, "max_new_tokens": 1, "deadline": 0.001}.get(name, 0), type(default)), default=default)
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
     args = parser.parse_args(argv)
     with ending():

@@ -121,7 +121,7 @@ MANY = math.inf
 RANGES = {"seed": (0, 2**63 // 1_000_003), "limit": (0, MANY), "steps": (1, MANY), "max_new_tokens": (1, MANY), "updates_per_batch": (1, MANY), "keep": (1, MANY), "max_faults": (1, MANY),
           "max_teachers": (0, MANY), "gsrm_max_new_tokens": (1, MANY), "max_tokens": (1, MANY), "eval_problems": (0, MANY),
           "eval_k": (1, MANY), "save_every": (0, MANY), "warmup_steps": (0, MANY), "weight_decay": (0, MANY), "clip_low": (0, 1), "clip_high": (0, MANY), "beta": (0, MANY),
-          "adam_beta2": (0, 1), "max_grad_norm": (1e-9, MANY), "reward_timeout": (1, MANY)}       # low <= number < high, where `parse_config` says nothing else
+          "adam_beta2": (0, 1), "max_grad_norm": (1e-9, MANY), "reward_timeout": (0.001, MANY)}       # low <= number < high, where `parse_config` says nothing else
 PRESETS: dict[str, dict] = {
     "none": {},
     "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
