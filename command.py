@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 
-def one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What an exception says, on one line; of the system's errors the path and what is wrong with it."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         taken = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
@@ -31,7 +31,7 @@ def ending(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError, *more) as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {in_one_line(error)}")
 
 
 class Parser(argparse.ArgumentParser):

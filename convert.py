@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from command import Parser, at_least, one_line
+from command import Parser, at_least, in_one_line
 from data import INSTRUCTION, check_record, load_problems, split_completion
 from grade import final_answer
 
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         aside.replace(args.out)
     except (ValueError, OSError, ImportError) as error:
         wanted = f": pip install {error.name}, or --input a .json or .jsonl file that exists" if isinstance(error, ImportError) else ""
-        raise SystemExit(f"error: {one_line(error)}{wanted}") from None
+        raise SystemExit(f"error: {in_one_line(error)}{wanted}") from None
     finally:
         if aside.exists():
             aside.unlink()

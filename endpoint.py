@@ -85,14 +85,14 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, max_new_tokens: int, concurrency: int = 32, deadline: float = 120.0, retries: int = 4, backoff: float = 0.5,
                  breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, top_logprobs: int = 20, extra: dict[str, object] | None = None):
-        try:
-            import openai
-        except ImportError:
-            raise ImportError("an endpoint needs the openai package: pip install openai") from None
         if not re.fullmatch(r"https?://[^\s/@][^\s@]*", url):
             raise ValueError("the url must look like http://host:port/v1, with no user or password in it: a key goes into OPENAI_API_KEY")
         if min(max_new_tokens, concurrency, breaker) < 1 or min(retries, backoff, cooldown) < 0 or not deadline > 0:
             raise ValueError(f"{max_new_tokens=}, {concurrency=}, {breaker=} must be >= 1, {retries=}, {backoff=}, {cooldown=} >= 0, {deadline=} > 0")
+        try:
+            import openai
+        except ImportError:
+            raise ImportError("an endpoint needs the openai package: pip install openai") from None
         self.url, self.model, self.max_new_tokens, self.concurrency, self.deadline, self.retries = url, model, max_new_tokens, concurrency, deadline, retries
         self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, extra or {}
         self.key, self.stats, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), top_logprobs
@@ -283,12 +283,15 @@ def annotate_main(argv: list[str]) -> None:
     for name in ("--url", "--model", "--out"):
         parser.add_argument(name, required=True)
     for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
-        parser.add_argument(f"--{name}", type=at_least(1 if name in ("concurrency", "max_new_tokens", "deadline") else 0, type(default)), default=default)
+        parser.add_argument(f"--{name}", type=at_least({"concurrency": 1, "max_new_tokens": 1, "deadline": 0.001}.get(name, 0), type(default)), default=default)
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
     args = parser.parse_args(argv)
     with ending():
+        problems = load_problems(args.data)[:args.limit or None]
+        if not any(p.teachers for p in problems):
+            raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
-        print(annotate(load_problems(args.data)[:args.limit or None], endpoint, Path(args.out), args.retry_rejected))
+        print(annotate(problems, endpoint, Path(args.out), args.retry_rejected))
     cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
     print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
 
