@@ -77,7 +77,7 @@ def one(regime: str, arm: str, seed: int, folder: Path, threads: int) -> dict:
     fill = dict(data=data, budget=budget, room=room, seed=seed, out=out, model=out / "model" if ARMS[arm] else "toy/student")
     commands = [c.format(**fill, temperature="") for c in ARMS[arm]] + [EVAL.format(**fill, temperature=t) for t in (1, 0)]
     started = time.time()
-    for file in ("log.txt", "log.jsonl", "rollouts.jsonl", "run.json"):           # a half run starts over
+    for file in ("log.txt", "log.jsonl", "rollouts.jsonl", "run.json", *(f"eval_{t}{end}" for t in (1, 0) for end in (".jsonl", ".settings.json"))):           # a half run starts over
         (out / file).unlink(missing_ok=True)
     shutil.rmtree(out / "model", ignore_errors=True)
     for command in commands:
