@@ -1,4 +1,4 @@
-"""Speed, memory and error, measured side by side: `python bench.py logprob`, the head's log-probs, and `python bench.py rollout`, sampling, beside others.
+"""Speed, memory and error, measured side by side: the head's log-probs here, sampling and whole steps in bench_rl.py.
 
 logprob: for each model shape and number of rows, one table: milliseconds (median), TFLOP/s and peak memory on top of the inputs, for the log-probs alone and
 for forward + backward of a clipped GRPO loss with k3 and a weight per token; errors against float64 of the same rounded inputs. The rate counts the
@@ -7,7 +7,8 @@ FLOPs that are needed, 2 N D V forward and 6 N D V with both gradients, whatever
     python bench.py logprob                                    all shapes and rows on a GPU; on a CPU small shapes, memory and errors only
     python bench.py logprob --shape 1.5b --rows 8192 --data peaked --only ours cuBLAS
     python bench.py logprob --tune --shape 1.5b --rows 8192     forward tile sizes, one line each, fastest last
-    python bench.py rollout                                    tokens per second, useful ones only, and the share of what the hardware allows
+    python bench.py rollout                                    sampling: tokens per second, useful ones only, and the share of what the hardware allows
+    python bench.py step                                       whole RL steps, beside TRL's (pip install trl)
 
 How: implementations take turns inside a round, so that clocks and temperature drift for all alike; warm-ups first; the L2 cache is overwritten before
 each run; the median of the rounds. Memory on a CPU counts the tensors that torch's dispatcher sees, not the inside of an operator. "random" data is
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,20 +28,15 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen3Config
 
+import bench_rl
 import kernels
 import logprob
 import peers
-from command import Parser, at_least
-from peers import LENGTH, Case, Job
+from command import Parser, at_least, ending
+from peers import LENGTH, PEER_ERRORS, Case
 
 SHAPES = {"1.5b": (1536, 151936), "1.7b": (2048, 151936), "7b": (3584, 152064), "tiny": (64, 4099)}      # (D, V) of Qwen2.5-1.5B, Qwen3-1.7B, Qwen2.5-7B
-MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
-PEER_ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError)     # a peer may be too old for this torch
-if logprob.triton is not None:
-    from triton.errors import TritonError
-    PEER_ERRORS += (TritonError,)
 
 
 def make_case(N: int, D: int, V: int, data: str, temperature: float, device: str, dtype: torch.dtype) -> Case:
@@ -248,74 +243,6 @@ def bench_logprob(args: argparse.Namespace) -> None:
             tune(case, args.rounds) if args.tune else measure(case, chosen(args.only), args.rounds)
 
 
-# ---- sampling
-
-def limit_seconds(job: Job, lengths: list[int]) -> float:
-    """What the hardware needs at least: each decoding step reads the weights and the used keys and values once, or multiplies, whichever is slower."""
-    device, size = job.model.device, next(job.model.parameters()).element_size()
-    copy, square = torch.empty(1 << 26, device=device), torch.randn(2048, 2048, device=device, dtype=job.model.dtype)
-
-    def best(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            run()
-            if copy.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return min(times)
-    bandwidth, rate = 2 * copy.nbytes / best(copy.clone), 2 * 2048**3 / best(lambda: square @ square)
-    config, parameters = job.model.config, sum(p.numel() for p in job.model.parameters())
-    kv = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim                       # bytes per token
-    starts, seconds = [len(p) for p in job.prompts for _ in range(job.group)], 0.0
-    for t in range(max(lengths)):
-        context = [start + t for start, length in zip(starts, lengths) if length > t]
-        seconds += max((parameters * size + kv * sum(context)) / bandwidth, 2 * parameters * len(context) / rate)
-    return seconds
-
-
-def make_job(name: str, rows: int, lengths: str, max_new: int) -> Job:
-    """Random weights, prompts of 16 to 64 tokens. "equal": nobody stops early; "spread": any of V / (max_new / 3) stop tokens ends a row, so lengths are geometric."""
-    torch.manual_seed(0)
-    gpu = torch.cuda.is_available()
-    hidden, layers, heads, kv_heads, inner, V = MODELS[name]
-    config = Qwen3Config(vocab_size=V, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=inner,
-                         max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    with torch.device("cuda" if gpu else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32).eval()
-    stops = set(range(1, 1 + round(3 * V / max_new))) if lengths == "spread" else set()
-    prompts = [torch.randint(V // 2, V, (int(n),)).tolist() for n in torch.randint(16, 65, (rows // 8,))]
-    return Job(model, prompts, 8, max_new, stops, 0)
-
-
-def bench_rollout(args: argparse.Namespace) -> None:
-    gpu = torch.cuda.is_available()
-    print(torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}", f"{args.rounds} rounds, medians, taking turns", sep=", ")
-    for name, rows, max_new in itertools.product(args.model or (["1.5b", "7b"] if gpu else ["toy", "10m"]), args.rows or ([64, 256, 512] if gpu else [64]), [args.max_new_tokens or (2048 if gpu else 128)]):
-        for lengths in ("equal", "spread"):
-            job = make_job(name, rows, lengths, max_new)
-            runs = {"ours": peers.sample_ours, "HF generate": peers.sample_hf, "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"),
-                    "HF continuous batching": peers.sample_hf_continuous}
-            times, tokens, failed = {n: [] for n in runs}, {n: [] for n in runs}, {}
-            for _ in range(args.rounds + 1):                                                     # the first round warms up
-                for n in [n for n in runs if n not in failed]:
-                    torch.manual_seed(len(times[n]))
-                    started = time.perf_counter()
-                    try:
-                        sampled = runs[n](job)
-                    except PEER_ERRORS as error:
-                        failed[n] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-                    else:
-                        times[n].append(time.perf_counter() - started)
-                        tokens[n].append(sum(sampled))
-            drawn = peers.sample_ours(job)
-            bound = sum(drawn) / limit_seconds(job, drawn)
-            print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths}; limit {bound:.0f} tokens/s\n| | tokens/s | of ours | of the limit |\n|---|---|---|---|")
-            rate = {n: statistics.median(c / s for c, s in zip(tokens[n][1:], times[n][1:])) for n in runs if n not in failed}
-            for n in runs:
-                print(f"| {n} | {rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f} |" if n in rate else f"| {n} | {failed[n]} | | |", flush=True)
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
@@ -328,18 +255,14 @@ def main() -> None:
     command.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     command.add_argument("--tune", action="store_true", help="try tile sizes of the forward kernel instead")
     command.set_defaults(run=bench_logprob)
-    command = commands.add_parser("rollout", help="sampling, beside transformers' generate and continuous batching")
-    command.add_argument("--model", nargs="+", choices=MODELS)
-    command.add_argument("--rows", nargs="+", type=at_least(8), help="completions, eight of each prompt")
-    command.add_argument("--max_new_tokens", type=at_least(1))
-    command.add_argument("--rounds", type=at_least(1), default=5)
-    command.set_defaults(run=bench_rollout)
+    bench_rl.add_commands(commands)
     args = parser.parse_args()
     if getattr(args, "only", None) and not chosen(args.only):
         parser.error(f"--only {' '.join(args.only)}: in no row's name; there are {', '.join(row.name for row in rows())}")
     if getattr(args, "tune", False) and not torch.cuda.is_available():
         parser.error("--tune: tile sizes are timed on a GPU, and there is none here")
-    args.run(args)
+    with ending():
+        args.run(args)
 
 
 if __name__ == "__main__":

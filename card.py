@@ -26,9 +26,10 @@ import torch
 
 from command import Parser, ending, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
-from eval import check, evaluate, find_function, load_function, load_gsrm
+from eval import check, evaluate
 from gsrm import GSRM, KINDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
+from scorer import find_function, load_function, load_gsrm
 
 Same = Callable[[Step, Step], bool]
 TEACHER, STUDENT = "teacher's traces", "student's samples"

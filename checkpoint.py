@@ -23,19 +23,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import lora
 from command import Parser, ending, read_record
-from data import Tokenizer, load_tokenizer, save_model
-from parallel import all_max, rank
+from data import Tokenizer, load_model, load_tokenizer, save_model
+from parallel import all_max, rank, whole_state
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # one process without torchrun: that is meant
 
 FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max_tokens", "device", "out", "offload", "gradient_checkpointing", "log_to", "reward_timeout",
-        "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run"}     # settings that may change between a run and its resume
+        "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run", "gpu_memory_gb",
+        "cache_gb"}                                           # settings that may change between a run and its resume
 
 
 def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name there: "model/NAME", and per trained parameter "step/NAME", "exp_avg/NAME", "exp_avg_sq/NAME". No copies."""
-    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    """Every tensor of a checkpoint by its name there: "model/NAME" per trained parameter, and its "step/NAME", "exp_avg/NAME", "exp_avg_sq/NAME". No copies."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, p in model.named_parameters() if optimizer else ():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
     return tensors
@@ -63,7 +65,7 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            for part in (model.config, model.generation_config, tokenizer):
+            for part in (model.config, model.generation_config, tokenizer, *getattr(model, "peft_config", {}).values()):
                 part.save_pretrained(str(aside))
             (aside / "state.json").write_text(json.dumps({"step": step, **notes}))
         all_max(0)                                            # nobody writes before the folder is there
@@ -132,11 +134,12 @@ def newest_of_all(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Puts parameters and optimiser state back, into whatever shards they have now; -> state.json. ValueError for a checkpoint of another model."""
+    """Puts trained parameters and optimiser state back, into whatever shards they have now (what is frozen, under LoRA, comes from --model); -> state.json.
+    ValueError for a checkpoint of another model."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     saved = reader.read_metadata().state_dict_metadata
     shapes = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}
-    if wrong := {n: s for n, p in model.named_parameters() if (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
+    if wrong := {n: s for n, p in model.named_parameters() if p.requires_grad and (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
         name = next(iter(wrong))
         raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {tuple(dict(model.named_parameters()).get(name, torch.empty(0)).shape)} here")
     if optimizer:
@@ -184,9 +187,18 @@ def main() -> None:
         sys.exit(f"error: {args.checkpoint} is not a whole checkpoint: {why if args.checkpoint.is_dir() else 'no such folder'}")
     if args.out.exists():
         sys.exit(f"error: {args.out} is there already: choose another --out")
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.checkpoint))
-    state = load_checkpoint(args.checkpoint, model)
-    save_model(model, load_tokenizer(args.checkpoint), args.out)
+    if (note := args.checkpoint / "adapter_config.json").is_file():
+        about = json.loads(note.read_text())
+        try:
+            model = lora.add_adapters(load_model(base := about["base_model_name_or_path"])[0], about["r"], about["lora_alpha"], ",".join(about["target_modules"]), base)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: the adapters' model: {error}")
+        state = load_checkpoint(args.checkpoint, model)
+        lora.save_merged(model, load_tokenizer(args.checkpoint), args.out, whole_state(model))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.checkpoint))
+        state = load_checkpoint(args.checkpoint, model)
+        save_model(model, load_tokenizer(args.checkpoint), args.out)
     print(f"step {state['step']} of {args.checkpoint} is in {args.out}")
 
 

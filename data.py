@@ -19,11 +19,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import tiktoken
 import torch
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -155,6 +157,12 @@ class Tokenizer(Protocol):
     def save_pretrained(self, path: str) -> object: ...
 
 
+@cache
+def compiled(chat_template: str) -> Template:
+    """Once per template: a millisecond, which would else be paid for every prompt and every trace that GSRM reads."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
+
+
 class TiktokenTokenizer:
     """A `tiktoken.Encoding` behind Hugging Face's method names, from a folder's tiktoken.json:
     {"pattern": regex, "words": [...], "special": [...], "eos": ..., "pad": ..., "chat_template": jinja, "instruction": text}.
@@ -178,8 +186,7 @@ class TiktokenTokenizer:
         return self.encoding.decode([i for i in ids if i < len(self) and not (skip_special_tokens and i in self.special_ids)])     # a padded embedding has ids without text
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = True) -> str:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
     def save_pretrained(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -291,6 +298,14 @@ def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None 
     """The student's prompt: the problem and, on its own paragraph, the instruction (None: the tokenizer's own if it has one, else INSTRUCTION)."""
     instruction = getattr(tokenizer, "instruction", INSTRUCTION) if instruction is None else instruction
     return chat_ids(tokenizer, f"{problem.problem}\n\n{instruction}" if instruction else problem.problem)
+
+
+def check_room(tokenizer: Tokenizer, problems: list[Problem], instruction: str | None, max_new_tokens: int, positions: int) -> None:
+    """ValueError where a prompt and a completion together pass the model's positions: before the work, and not in the step that meets this problem."""
+    longest, name = max((len(problem_ids(tokenizer, p, instruction)), p.id) for p in problems)
+    if longest + max_new_tokens > positions:
+        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {max_new_tokens} it passes the model's {positions} positions: "
+                         "lower --max_new_tokens, or drop the problem")
 
 
 def opening(tokenizer: Tokenizer) -> str:

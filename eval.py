@@ -23,7 +23,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,83 +32,14 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from command import ConfigParser, Parser, ending, read_record
-from data import Problem, Tokenizer, append_jsonl, chat_ids, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
-from endpoint import Endpoint
+from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
-from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, structure_rewards
+from gsrm import GSRM
+from plan import CACHE_GB, sampler_of
 from plots import small_multiples
 from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
-from rollout import Sampler, TextModel
-
-# ------------------------------------------------------------------------------------------------ reward model and truth, from flags
-
-def find_function(name: str) -> Callable:
-    """The function behind "module:function", a file of the working folder."""
-    module, _, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
-    if not callable(found):
-        raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
-    return found
-
-
-def load_function(name: str) -> Callable[[str], list[Step]]:
-    """The same, for a rule that reads a trace into steps: ValueError where it gives anything else, the first time for the empty trace, at once."""
-    rule = find_function(name)
-
-    def read(trace: str) -> list[Step]:
-        steps = rule(trace)
-        if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
-            raise ValueError(f"{name} gave {str(steps)[:60]!r} for the trace {trace[:40]!r}: it has to return a list of gsrm.Step")
-        return steps
-    read("")
-    return read
-
-
-URLS = ("http://", "https://")
-
-
-def text_model(path: str, device: str, max_new_tokens: int) -> TextModel | Endpoint:
-    """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
-    if path.startswith(URLS):
-        url, _, name = path.partition("#")
-        if not name:
-            raise ValueError(f"{path}: which model? write it behind a #, as in {url}#Qwen/Qwen2.5-7B-Instruct")
-        return Endpoint(url, name, max_new_tokens)
-    model, tokenizer = load_model(path, device)
-    return TextModel(Sampler(model, *stop_and_pad_ids(model, tokenizer)), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
-                     partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
-
-
-def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True) -> GSRM:
-    """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
-    a rule module:function with equal words as its judge."""
-    if ":" in gsrm and not gsrm.startswith(URLS) and not Path(gsrm).exists():
-        if judge:
-            raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
-        return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
-    if not judge and (note := Path(gsrm) / "gsrm.json").is_file():            # {"judge": folder}, seen from the GSRM's own
-        judge = str(Path(gsrm) / str(read_record(note, "judge")["judge"]))
-    reader = text_model(gsrm, device, max_new_tokens)
-
-    def named(path: str) -> str:
-        """The path and its weights: a retrained model at the same path must not meet the old one's cache."""
-        weights = hashlib.sha256()
-        for file in sorted(Path(path).glob("*.safetensors")):
-            with file.open("rb") as start:
-                weights.update(start.read(1 << 24))                           # the first 16 MiB of each, not 15 GB to look at them
-        return f"{path} {weights.hexdigest()}"
-
-    same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
-    return GSRM(reader.generate, judge_by(text_model(judge, device, 1).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
-                judge_name=named(judge or gsrm))
-
-
-def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:
-    """Structure reward of each completion by the true structures, None where there is no truth to read."""
-    if truth is None:
-        return [None] * len(texts)
-    read = {t: truth(t) for p in {p.id: p for p in problems}.values() for t in p.teachers}
-    return [s.value for s in structure_rewards([truth(split_completion(t)[0]) for t in texts], [[read[t] for t in p.teachers] for p in problems], exact_judge)]
+from rollout import Sampler
+from scorer import checkpoints_of, load_function, load_gsrm, true_structure  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 
@@ -153,15 +83,15 @@ def scored_rows(tokenizer: Tokenizer, problems: list[Problem], index: list[int],
 
 
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0,
-             instruction: str | None = None, gsrm: GSRM | None = None, truth: Callable | None = None) -> list[dict]:
+             instruction: str | None = None, gsrm: GSRM | None = None, truth: Callable | None = None, cache_gb: float = CACHE_GB) -> list[dict]:
     """k sampled completions of each problem (one greedy one at temperature 0), graded and, where problems have teacher traces, structure-scored: a row each."""
-    draw, index = by_sampler(Sampler(model, *stop_and_pad_ids(model, tokenizer)), k if temperature else 1, temperature, top_p, max_new_tokens, seed), list(range(len(problems)))
+    draw, index = by_sampler(sampler_of(model, tokenizer, cache_gb), k if temperature else 1, temperature, top_p, max_new_tokens, seed), list(range(len(problems)))
     return scored_rows(tokenizer, problems, index, draw([problem_ids(tokenizer, p, instruction) for p in problems], index), temperature, seed, gsrm, truth)
 
 
 def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> str:
     """train.py's evaluation: one greedy and eval_k sampled completions of each problem, kept in `path`; the sampled ones' means in words."""
-    rows = [row for t in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, t, 1.0, config.max_new_tokens, 0, config.instruction, gsrm, truth)]
+    rows = [row for t in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, t, 1.0, config.max_new_tokens, 0, config.instruction, gsrm, truth, config.cache_gb)]
     write_jsonl(path, rows)
     means = summary([row for row in rows if row["temperature"]])
     return ", ".join(f"{name} {means[name][0]:.2f}" for name in means if name.startswith("mean@") or name in ("structure", "true_structure", "length"))
@@ -186,7 +116,7 @@ class Config:
     seed: int = field(default=0, metadata={"help": "of the samples"})
     out: str = field(default="", metadata={"help": "where the generations go (default: out/eval/<model>-<data>.jsonl)"})
     engine: str = field(default="own", metadata={"help": "own, or vllm (pip install vllm)"})
-    dtype: str = field(default="auto", metadata={"help": "of the model: float32, bfloat16, float16, or auto: what the checkpoint was saved in"})
+    dtype: str = field(default="auto", metadata={"help": "of the models: float32, bfloat16, float16, or auto: what the checkpoint was saved in"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
 
 
@@ -259,7 +189,7 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
         raise ValueError(f"{config.data}: the longest prompt has {longest} tokens, the model {positions} positions: nothing can be sampled")
     if budget < config.max_new_tokens:
         print(f"--max_new_tokens lowered from {config.max_new_tokens} to {budget}: the model has {positions} positions, the longest prompt {longest} tokens")
-    gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens) if config.gsrm else None
+    gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens, dtype=config.dtype) if config.gsrm else None
     truth = load_function(config.truth) if config.truth else None
     k = config.k if config.temperature else 1
     rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts), k) if out else []
@@ -268,7 +198,7 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
     print(f"{len(problems)} problems x {k} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens"
           + (f"; {len(there)} problems are in {out} already" if there else ""), flush=True)
     sampling = (k, config.temperature, config.top_p, budget, config.seed)
-    sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer)) if own else None
+    sampler = sampler_of(model, tokenizer) if own else None
     draw = by_sampler(sampler, *sampling) if own else by_vllm(config.model, tokenizer, *sampling, config.dtype) if todo else None
     wave = min(sampler.max_rows, sampler.max_tokens // (longest + budget)) if own else 1024                  # rows that are decoded together
     for start in range(0, len(todo), size := max(1, wave // k)):

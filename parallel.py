@@ -37,6 +37,7 @@ def start() -> None:
         store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)      # or --max_restarts meets the addresses of the dead in it
         dist.init_process_group(BACKEND, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
+        _gate.append(dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def finish() -> None:
@@ -85,8 +86,6 @@ def meet(what: str, seconds: float) -> None:
     """All processes wait here for each other, before the first collective after work of unknown length. RuntimeError names who did not come within `seconds`."""
     if world() == 1:
         return
-    if not _gate:
-        _gate.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         dist.monitored_barrier(_gate[0], timedelta(seconds=seconds), wait_all_ranks=True)
     except RuntimeError as error:

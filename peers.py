@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 import logprob
 from rollout import Sampler
+from train import Config
 
+PEER_ERRORS = (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError)     # a peer may be too old for this torch
+if logprob.triton is not None:
+    from triton.errors import TritonError
+    PEER_ERRORS += (TritonError,)
 LENGTH, LOW, HIGH, BETA = 256, 0.2, 0.28, 0.04              # tokens per sequence; clip and KL coefficients
 
 
@@ -148,8 +155,8 @@ class Job:
     pad_id: int
 
 
-def sample_ours(job: Job) -> list[int]:
-    rollout = Sampler(job.model, job.stop_ids, job.pad_id).generate(job.prompts, job.group, job.max_new_tokens, 1.0)
+def sample_ours(job: Job, static: bool | None = None) -> list[int]:
+    rollout = Sampler(job.model, job.stop_ids, job.pad_id, static=static).generate(job.prompts, job.group, job.max_new_tokens, 1.0)
     return rollout.lengths.tolist()
 
 
@@ -174,3 +181,62 @@ def sample_hf_continuous(job: Job) -> list[int]:
     """transformers' continuous batching with a paged cache."""
     results = job.model.generate_batch([p for p in job.prompts for _ in range(job.group)], generation_config=settings(job), progress_bar=False)
     return up_to_stop([result.generated_tokens for result in results.values()], job.stop_ids)
+
+
+class VLLM:
+    """vLLM's engine on a copy of the job's model, loaded at the first call. Written from its documentation, not run yet."""
+
+    def __call__(self, job: Job) -> list[int]:
+        from vllm import LLM, SamplingParams
+        if not hasattr(self, "engine"):
+            self.folder = tempfile.TemporaryDirectory()
+            job.model.save_pretrained(self.folder.name)
+            self.engine = LLM(self.folder.name, skip_tokenizer_init=True, gpu_memory_utilization=0.5, max_model_len=8192, seed=0)
+        params = SamplingParams(n=job.group, temperature=1.0, max_tokens=job.max_new_tokens, stop_token_ids=sorted(job.stop_ids), detokenize=False, logprobs=0)    # 0: of the sampled token
+        answers = self.engine.generate([{"prompt_token_ids": p} for p in job.prompts], params, use_tqdm=False)
+        return [len(out.token_ids) for answer in answers for out in answer.outputs]
+
+# ---- whole steps
+
+
+def trl_steps(model: PreTrainedModel, prompts: list[list[int]], config: Config, ends: tuple[int, int], full_length: bool,
+              grade: Callable[[list[list[int]], list[int]], list[float]], steps: int, after: Callable[[dict[str, float]], None]) -> None:
+    """TRL's GRPOTrainer by our Config, on prompts of ids that pass its tokenizer as words; ends: the ids of eos and pad. grade(completions, prompt numbers) -> rewards;
+    after(seconds by part) is called between its steps."""
+    import trl
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(model.config.vocab_size)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    seconds: dict[str, float] = {}
+
+    class Timed(trl.GRPOTrainer):
+        def _generate_single_turn(self, *args, **kwargs):
+            started = time.perf_counter()
+            out = super()._generate_single_turn(*args, **kwargs)
+            seconds.update(sampling=time.perf_counter() - started, tokens=sum(map(len, out[0])))
+            return out
+
+        def _calculate_rewards(self, *args, **kwargs):
+            started = time.perf_counter()
+            out = super()._calculate_rewards(*args, **kwargs)
+            seconds["scoring"] = time.perf_counter() - started
+            return out
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            whole = time.perf_counter() - self.started
+            after({**seconds, "step": whole, "update": whole - seconds["sampling"] - seconds["scoring"]})
+
+    rows = config.problems_per_step * config.group_size
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.GRPOConfig(output_dir=folder, use_cpu=config.device == "cpu", bf16=False, num_generations=config.group_size, per_device_train_batch_size=rows, gradient_checkpointing=False,
+                                  max_completion_length=config.max_new_tokens, generation_kwargs={"min_new_tokens": config.max_new_tokens} if full_length else None, temperature=config.temperature, beta=config.beta,
+                                  epsilon=config.clip_low, epsilon_high=config.clip_high, max_grad_norm=config.max_grad_norm, learning_rate=config.lr, lr_scheduler_type="constant",
+                                  adam_beta2=config.adam_beta2, optim="adamw_torch", max_steps=steps, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        Timed(model=model, args=settings, reward_funcs=lambda completion_ids, number, **_: grade(completion_ids, number), callbacks=[Turns()],
+              train_dataset=Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in p) for p in prompts], "number": list(range(len(prompts)))}),
+              processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"t{ends[0]}", pad_token=f"t{ends[1]}")).train()

@@ -152,7 +152,7 @@ def print_structure(rows: list[dict]) -> None:
     never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
     print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + (f", {len(rows) - len(scored)} unscored or without" if len(rows) > len(scored) else ""))
     for name, (mean, low, high, error) in figures.items():
-        print(f"{name:<32}{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]")
+        print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
     bar = lambda count: f"{count:7d} {count / len(scored):5.1%}  " + "#" * round(40 * count / len(scored))
     share = lambda value: "-" if math.isnan(value) else f"{value:.3f}"

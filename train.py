@@ -8,6 +8,7 @@
     python train.py                                              # the toy: 4 minutes on two CPU cores
     python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, outcome only
     torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes (FSDP2; several machines: parallel.py)
+    python train.py --preset qwen1.5b --dry_run                  # settings, batch, estimated memory and time; nothing is loaded or written (plan.py)
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
 
 A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png, run.json
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +29,13 @@ import torch
 from transformers import PreTrainedModel
 
 import eval as evaluation
+import lora
 import parallel
+import plan
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, folder, out_of_range
-from data import (
-    Problem,
-    Tokenizer,
-    append_jsonl,
-    data_file,
-    file_hash,
-    load_model,
-    load_problems,
-    problem_ids,
-    save_model,
-    stop_and_pad_ids,
-    template_hash,
-    whole_turns,
-)
+from data import Problem, Tokenizer, append_jsonl, check_room, data_file, file_hash, load_model, load_problems, problem_ids, save_model, template_hash, whole_turns
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
@@ -97,6 +88,7 @@ class Config:
     adam_beta2: float = flag(0.999, "AdamW's second beta")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update")
+    cache_gb: float = flag(plan.CACHE_GB, "memory for the keys and values of rows that are sampled together, of the student as of the reward model; no effect on the samples")
     eval_problems: int = flag(64, "evaluation problems (the first so many; 0: no evaluation)")
     eval_k: int = flag(8, "samples per evaluation problem")
     save_every: int = flag(50, "steps between checkpoints (0: only at the end)")
@@ -107,6 +99,9 @@ class Config:
     dtype: str = flag("float32", "what the models compute in: float32, or bfloat16 (the student's masters, gradients and moments stay float32)")
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
     offload: bool = flag(False, "the student's masters, gradients and moments rest in CPU memory (for cards of 24-40 GB; slower)")
+    lora_rank: int = flag(0, "train adapters of this rank beside the frozen weights (pip install peft; wants a higher --lr); 0: full fine-tuning")
+    lora_alpha: int = flag(32, "adapters count alpha / rank")
+    lora_targets: str = flag("all-linear", "layers with adapters: all-linear, or names such as q_proj,v_proj; never the head")
     reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards")
     max_faults: int = flag(3, "steps in a row with a loss or gradient that is not finite: back to the last good checkpoint once, then the run ends")
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
@@ -115,20 +110,30 @@ class Config:
     warn_ratio: float = flag(1.0, "warn above this difference of sampler and trainer on a token, nats")
     warn_unscored: float = flag(0.1, "warn above this share of completions without a reward")
     log_to: str = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
+    dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")
+    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
 
 
 MANY = math.inf
-RANGES = {"seed": (0, 2**63 // 1_000_003), "limit": (0, MANY), "steps": (1, MANY), "max_new_tokens": (1, MANY), "updates_per_batch": (1, MANY), "keep": (1, MANY), "max_faults": (1, MANY),
-          "max_teachers": (0, MANY), "gsrm_max_new_tokens": (1, MANY), "max_tokens": (1, MANY), "eval_problems": (0, MANY),
-          "eval_k": (1, MANY), "save_every": (0, MANY), "warmup_steps": (0, MANY), "weight_decay": (0, MANY), "clip_low": (0, 1), "clip_high": (0, MANY), "beta": (0, MANY),
-          "adam_beta2": (0, 1), "max_grad_norm": (1e-9, MANY), "reward_timeout": (0.001, MANY)}       # low <= number < high, where `parse_config` says nothing else
+RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "lora_rank"), (0, MANY)) | dict.fromkeys(
+    ("steps", "max_new_tokens", "gsrm_max_new_tokens", "updates_per_batch", "keep", "max_faults", "max_tokens", "eval_k", "reward_timeout", "lora_alpha"), (1, MANY)) | dict.fromkeys(
+    ("lr", "temperature", "max_grad_norm", "cache_gb", "gpu_memory_gb"), (1e-12, MANY)) | {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)}      # low <= number < high
+CHOICES = {"combine": ("gdpo", "sum"), "scale": ("std", "none"), "aggregation": ("token", "sequence", "fixed"), "level": ("token", "sequence"), "kl_kind": ("k1", "k2", "k3"),
+           "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "trackio", "tensorboard"), "resume": ("", "auto")}
 PRESETS: dict[str, dict] = {
     "none": {},
     "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
                 gsrm_max_new_tokens=200, w_outcome=0.25, beta=0.01, lr=3e-4, warmup_steps=5, adam_beta2=0.99, device="cpu"),
+    # The defaults on one 80 GB card: 4 epochs of 3.2K problems. The model has 4096 positions, for prompt and completion together. Needs --data and --gsrm.
+    "qwen1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", out="out/qwen1.5b", steps=200, problems_per_step=64, max_new_tokens=3072, dtype="bfloat16", gradient_checkpointing=True),
 }
+# The paper's released code: one epoch of 3.2K problems. Its fourth reward, the tag count (weight 10 beside 15:15:10), is not there. Needs --data and --gsrm, and several cards.
+PRESETS["paper"] = dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", out="out/paper", steps=400, warmup_steps=40, problems_per_step=8, group_size=4, w_outcome=15.0, w_structure=15.0,
+                        w_format=10.0, combine="sum", normalize=False, aggregation="sequence", lr=5e-5, max_grad_norm=0.2, beta=0.04, kl_kind="k3", clip_low=0.2, clip_high=0.2,
+                        temperature=0.7, max_new_tokens=4096, dtype="bfloat16", gradient_checkpointing=True)
+PRESETS["paper-zero"] = PRESETS["paper"] | dict(model="Qwen/Qwen2.5-Math-7B", out="out/paper-zero", max_new_tokens=3072)        # "RLKD-Zero"; of 4096 positions
 
-# ------------------------------------------------------------------------------------------------ one step, piece by piece
+# ------------------------------------------------------------------------------------------------ the run
 
 def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
     """Indices of step `step`'s problems: epochs of all `count` problems, each in an order of its own; a function of (seed, step), so resume needs no state."""
@@ -136,7 +141,6 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
     places = range(step * take, (step + 1) * take)
     return [int(orders.setdefault(i // count, np.random.default_rng([seed, i // count]).permutation(count))[i % count]) for i in places]
 
-# ------------------------------------------------------------------------------------------------ the run
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
@@ -147,20 +151,16 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser.set_defaults(**PRESETS[preset])
     config = Config(**vars(parser.parse_args(argv)))
     for f in fields(config):
-        if f.name in ("model", "data") and not getattr(config, f.name):
-            parser.error(f"--{f.name} is needed: {f.metadata['help']}")
-    checks = {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "steps": config.steps >= 1, "max_new_tokens": config.max_new_tokens >= 1,
-              "temperature": config.temperature > 0, "lr": config.lr > 0, "gsrm": bool(config.gsrm) or not config.w_structure, "updates_per_batch": config.updates_per_batch >= 1,
-              "w_structure": any((config.w_structure, config.w_outcome, config.w_format)), "combine": config.combine in ("gdpo", "sum"), "scale": config.scale in ("std", "none"),
-              "dtype": config.dtype in ("float32", "bfloat16"), "keep": config.keep >= 1, "max_faults": config.max_faults >= 1,
-              "log_to": config.log_to in ("", "wandb", "trackio", "tensorboard"), "resume": config.resume in ("", "auto"), "aggregation": config.aggregation in ("token", "sequence", "fixed"), "level": config.level in ("token", "sequence"), "kl_kind": config.kl_kind in ("k1", "k2", "k3")}
+        if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
+            parser.error(f"--{f.name} is needed{f' by --preset {preset}' * (preset != 'none')}: {f.metadata['help']}")
+    checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
+    checks |= {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.dry_run) or not config.w_structure,
+               "w_structure": any((config.w_structure, config.w_outcome, config.w_format))}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
-             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0",
-             "temperature": "RL samples at a temperature above 0"}
+             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0"}
     wrong, wanted = out_of_range(asdict(config), RANGES)
     if wrong:
-        checks[wrong] = False
-        hints.setdefault(wrong, wanted)
+        checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
     if config.log_to and checks["log_to"] and not importlib.util.find_spec(config.log_to):
         checks["log_to"], hints["log_to"] = False, f"pip install {config.log_to}, or leave the flag out (log.jsonl has every figure)"
     for name, fine in checks.items():
@@ -197,26 +197,22 @@ def set_up(config: Config, out: Path) -> Run:
     """Models, sampler, reward model and optimiser at the start of a run."""
     torch.manual_seed(config.seed)
     problems = load_data(config)[0]
-    model, tokenizer = load_model(config.model, config.device)
+    model, tokenizer = load_model(config.model, config.device, config.dtype if config.lora_rank else "float32")       # what is frozen needs no float32 masters
     check_head(model)
-    sampler = Sampler(model, *stop_and_pad_ids(model, tokenizer))                # while it can still ask the model for its device
-    reference = load_model(config.model, config.device, config.dtype)[0].requires_grad_(False) if config.beta else None
+    if config.lora_rank:
+        lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
+    sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device
+    reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if world() > 1 or config.dtype != "float32" or config.offload:
-        parallel.shard(model, config.dtype, config.offload)
-        reference = reference and parallel.shard(reference, config.dtype, config.offload)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize) if config.gsrm else None
+    if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
+        for net in dict.fromkeys(filter(None, (model, reference))):              # under LoRA they are one
+            parallel.shard(net, config.dtype, config.offload)
+        sampler.static = False                            # graphs want weights that stay where they are
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+    gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype,
+                                config.cache_gb) if config.gsrm else None
     return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None)
-
-
-def check_room(run: Run, held_out: list[Problem]) -> None:
-    """ValueError where a prompt and a completion together pass the model's positions: now, and not in the step that meets this problem."""
-    longest, name = max((len(problem_ids(run.tokenizer, p, run.config.instruction)), p.id) for p in [*run.problems, *held_out])
-    if longest + run.config.max_new_tokens > run.sampler.max_positions:
-        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {run.config.max_new_tokens} it passes the model's {run.sampler.max_positions} "
-                         "positions: lower --max_new_tokens, or drop the problem")
 
 
 def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
@@ -236,7 +232,8 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
     leave()
     clock.append(time.time())
-    ref_logp = reference_logp(run.reference, prompts, rollout, config) if run.reference else None
+    with lora.adapters_off(model):
+        ref_logp = reference_logp(run.reference, prompts, rollout, config) if run.reference else None
     clock.append(time.time())
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
@@ -308,6 +305,8 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        return plan.show(config, evaluation.checkpoints_of(config.gsrm, config.judge), world()) if rank() == 0 else None
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
     start, passed = start_folder(out, asdict(config), config.resume)
     for why in passed:
@@ -316,7 +315,7 @@ def main(config: Config) -> None:
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
     held_out, run = load_data(config)[1], set_up(config, out)
-    check_room(run, held_out)
+    check_room(run.tokenizer, [*run.problems, *held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
     if rank() == 0:
@@ -324,7 +323,8 @@ def main(config: Config) -> None:
             cut_logs(out, state["step"])
         files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if held_out else [])
         (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
-    say(f"{len(run.problems)} problems, student {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f}M parameters" + (f", going on from {start}" if start else ""), flush=True)
+    total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
+    say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + (f", going on from {start}" if start else ""), flush=True)
     if state["step"] == 0 and held_out:
         say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
         say(f"before training: {measure(run, held_out, out / 'eval_before.jsonl')}", flush=True)
@@ -332,7 +332,7 @@ def main(config: Config) -> None:
     checkpoints.wait()
     whole = parallel.whole_state(run.model)
     if rank() == 0:
-        save_model(run.model, run.tokenizer, out / "model", whole)
+        (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
         report.plot([str(out)], out / "curve.png")
     measure(run, held_out, out / "eval_after.jsonl")
     if rank() == 0:

@@ -39,7 +39,7 @@ class Thresholds(Protocol):
 def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
     """{short name: what is wrong with this step and what helps}, from its metrics; a function of nothing else, so that a resumed run says the same."""
     rows, said = config.problems_per_step * config.group_size, {}
-    if m["entropy"] < config.warn_entropy and m["num_tokens"]:
+    if m["entropy"] < config.warn_entropy and not m["skipped_step"]:         # a step without a scored row or a spread has measured none
         said["entropy"] = (f"the entropy is {m['entropy']:.3f} nats a token (--warn_entropy {config.warn_entropy}): the student samples nearly the same completion every time, so a group "
                            "has little to compare; raise --beta or --clip_high, lower --lr, or stop here")
     if m["completions/clipped_ratio"] > config.warn_truncated:

@@ -175,7 +175,7 @@ BAD = [   # command line, what its one line has to say
     (TOY + "--out {w}/kept.jsonl/x", "kept.jsonl/x: Not a directory: choose another path"),
     ("toy.py nothing", "invalid choice: 'nothing'"),
     # ---- bench.py
-    ("bench.py", "the following arguments are required: {logprob,rollout}"),
+    ("bench.py", "the following arguments are required: {logprob,rollout,step}"),
     (ROLLOUT + "--rows 3", "--rows: '3' is not a whole number of 8 or more"),
     (ROLLOUT + "--max_new_tokens 0", "--max_new_tokens: '0' is not a whole number of 1 or more"),
     (ROLLOUT + "--model 70b", "invalid choice: '70b'"),

@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import free_port, serve
 
 import endpoint as module
 from data import Problem, TiktokenTokenizer, chat_ids, read_jsonl, write_jsonl
@@ -781,23 +780,6 @@ def parrot(folder: Path) -> Path:
     return folder
 
 
-def serve(folder: Path, port: int) -> subprocess.Popen:
-    """`transformers serve` on 127.0.0.1, ready to answer."""
-    with (folder / "serve.log").open("w") as log:
-        words = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-        process = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    until = time.monotonic() + 240
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-                if reply.status == 200:
-                    return process
-        except OSError:
-            time.sleep(0.2)
-    process.kill()
-    pytest.fail(f"transformers serve did not start, exit status {process.wait()}: {(folder / 'serve.log').read_text()[-500:]}")
-
-
 @pytest.mark.slow
 def test_scoring_over_transformers_serve_survives_its_death(make: Callable[..., Endpoint], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Score, kill the server while it is scoring, None; start it again: scores."""
@@ -805,10 +787,7 @@ def test_scoring_over_transformers_serve_survives_its_death(make: Callable[..., 
         pytest.skip(f"transformers serve needs {', '.join(missing)}")
     if not shutil.which("transformers", path=str(Path(sys.executable).parent)):
         pytest.skip("no command transformers beside this Python")
-    folder = parrot(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    folder, port = parrot(tmp_path / "model"), free_port()
     e = make(url=f"http://127.0.0.1:{port}/v1", model=str(folder), max_new_tokens=20, deadline=60.0, retries=1, breaker=4, cooldown=0.5)
     gsrm = GSRM(e.generate, judge_by(e.p_yes), tmp_path / "cache.jsonl")
     teacher, server = "first a 1 then b 2", serve(folder, port)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+import plan
 import report
 import toy
 from data import load_model, load_problems, problem_ids, read_jsonl, stop_and_pad_ids
@@ -75,7 +76,7 @@ CONFIG = evaluation.Config(model="toy/student", data="toy", k=3, limit=5, temper
 def small_waves(monkeypatch):
     """Waves of 6 rows: two problems with three samples each. -> the problems' numbers of each call of the sampler."""
     asked, generate = [], Sampler.generate
-    monkeypatch.setattr(evaluation, "Sampler", partial(Sampler, max_rows=6))
+    monkeypatch.setattr(plan, "Sampler", partial(Sampler, max_rows=6))
     monkeypatch.setattr(Sampler, "generate", lambda self, prompts, *args: (asked.append(args[-1]), generate(self, prompts, *args))[1])
     return asked
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from test_checkpoint import one_thread  # noqa: F401
 from test_train import ROOT, SMALL, config, data, lines, weights  # noqa: F401
 
 import parallel
@@ -19,7 +20,7 @@ def torchrun(processes, script, *flags, timeout=120, launcher=()):
     """A job of several processes; -> (status, stdout and stderr, seconds)."""
     started = time.time()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *launcher, str(script), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     return done.returncode, done.stdout + done.stderr, time.time() - started
 
 
@@ -30,7 +31,7 @@ def furthest(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):  # noqa: F811
+def alone(one_thread, data, tmp_path_factory):  # noqa: F811
     """Three steps of one process, all rows in one micro-batch."""
     out = tmp_path_factory.mktemp("alone")
     train.main(config(data, out, *STEPS, "--max_tokens", "100000"))
@@ -90,6 +91,7 @@ train.score, update.linear_policy_loss = score, spoiled
     assert fault.name == "step_000002.json" and len(json.loads(fault.read_text())["rollouts"]) == 16
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_ends_the_job(data, tmp_path):  # noqa: F811
     script = job(tmp_path, "def score(*args):\n    time.sleep(300 if me == 1 else 0)\n    return real(*args)\ntrain.score = score\n")
     code, said, seconds = torchrun(2, script, *SMALL, "--steps", "2", "--data", str(data), "--out", str(tmp_path / "out"), "--reward_timeout", "2")

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -102,7 +103,13 @@ def test_structure_report_on_the_toy_world_against_a_naive_walk(capsys):
     assert {s["step"] - 1: s["left"] for s in steps if s["left"]} == left and sum(left.values()) > 20
     report.print_structure(rows)
     text = capsys.readouterr().out
-    assert f"structure of {len(rows)} samples of 8 problems" in text and "choice accuracy" in text and "never left" in text and "#" in text
+    assert f"structure of {len(rows)} samples of 8 problems" in text and "choice accuracy" in text and "never left" in text and "#" in text and "nan" not in text
+
+
+def test_a_student_without_steps_has_no_accuracy(capsys):
+    report.print_structure([scored("p", [], TEACHER), scored("q", [], TEACHER)])
+    text = capsys.readouterr().out
+    assert re.search(r"^structure +0\.000 \+-", text, re.MULTILINE) and re.search(r"^choice accuracy +-$", text, re.MULTILINE) and "nan" not in text
 
 # ------------------------------------------------------------------------------------------------ comparison
 

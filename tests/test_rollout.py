@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from data import TiktokenTokenizer, chat_ids
+from decode import draw
 from logprob import linear_logprob
-from rollout import Rollout, Sampler, TextModel, check_head, draw, micro_batches, predictors
+from rollout import Rollout, Sampler, TextModel, check_head, micro_batches, predictors
 
 VOCAB, EOS, PAD = 64, 2, 2                                           # pad == eos throughout, as in many a tokenizer
 KINDS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -384,6 +385,61 @@ def test_the_model_comes_back_as_it_was(training: bool) -> None:
         net.config.use_cache = True
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_ctrl_c_in_on_finish_leaves_nothing_broken(static: bool) -> None:
+    """While rows still decode: mode, gradients and inference mode are as before, and the same sampler goes on as if nothing had been."""
+    net = model("qwen2").train()
+    sampler = Sampler(net, STOPS, PAD, static=static)
+    before, heard = sampler.generate(PROMPTS, 3, 10, 1.0, seed=5), []
+
+    def on_finish(row: int, ids: list[int]) -> None:
+        heard.append(row)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sampler.generate(PROMPTS, 3, 10, 1.0, seed=5, on_finish=on_finish)
+        assert len(heard) == 3 < len(before.lengths)
+        assert all(m.training for m in net.modules()) and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        hidden, targets = predictors(net, PROMPTS, [before.completion(3 * i) for i in range(4)])
+        hidden.sum().backward()
+        assert net.get_input_embeddings().weight.grad.abs().sum() > 0
+        assert equal(before, sampler.generate(PROMPTS, 3, 10, 1.0, seed=5))
+    finally:
+        net.zero_grad()
+        net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("static", [False, True])
+def test_gradient_checkpointing_frozen_weights_and_modes_stay(static: bool) -> None:
+    """A model in training: checkpointing on (which drops the cache in train mode), some weights frozen, one module in eval mode, dropout."""
+    net = model("llama")
+    want = Sampler(net, STOPS, PAD).generate(PROMPTS, 2, 10, 1.0, seed=5)
+    training = AutoModelForCausalLM.from_config(net.config)
+    training.load_state_dict(net.state_dict())
+    training.gradient_checkpointing_enable()
+    training.config.attention_dropout = 0.5
+    for layer in training.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    training.train()
+    training.model.norm.eval()
+    training.lm_head.weight.requires_grad_(False)
+    state = lambda: ({n: m.training for n, m in training.named_modules()}, {n: p.requires_grad for n, p in training.named_parameters()},
+                     [layer.gradient_checkpointing for layer in training.model.layers], training.config.use_cache)
+    before = state()
+    assert equal(want, Sampler(training, STOPS, PAD, static=static).generate(PROMPTS, 2, 10, 1.0, seed=5), 1e-5)
+    assert state() == before and all(before[2]) and training.training and not training.model.norm.training
+    predictors(training, PROMPTS, [want.completion(2 * i) for i in range(4)])[0].sum().backward()              # and it still trains, checkpointed
+    assert training.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+def test_no_stop_ids_means_full_length() -> None:
+    for static in (False, True):
+        rollout = Sampler(model(), set(), PAD, static=static).generate(PROMPTS, 2, 10, 1.0)
+        assert rollout.lengths.tolist() == [10] * 8 and not rollout.finished.any()
+
+
 def test_finished_rows_leave_the_batch() -> None:
     """The work shrinks with the rows: forward passes see only those still going."""
     net, sizes = model(), []
@@ -438,6 +494,16 @@ def test_text_model_answers_in_order_without_the_stop_token() -> None:
     assert lm.generate(TEXTS) == expected and len(set(expected)) > 3
     assert any(len(e.split()) < 6 for e in expected) and any(len(e.split()) == 6 for e in expected)
     assert lm.generate([]) == [] and lm.p_yes([]) == []
+
+
+def test_a_prompt_that_fills_the_positions_costs_nobody_else_an_answer() -> None:
+    """128 positions, six new tokens: 126 leave room for two of them, 128 and more for none."""
+    lm, short = text_model(), TEXTS[:2]
+    alone = lm.generate(short)
+    answers = lm.generate(["1" * 127, short[0], "1" * 125, short[1], "1" * 200])
+    assert answers[0] is answers[4] is None and [answers[1], answers[3]] == alone and 1 <= len(answers[2].split()) <= 2
+    tokens, *_ = twin_row(lm.sampler.model, chat_ids(text_tokenizer(), "1" * 125), np.zeros(2), 0.0, 1.0, set())
+    assert answers[2].split() == [str(t) for t in tokens][:len(answers[2].split())] and lm.generate(["1" * 127]) == [None]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 16384])

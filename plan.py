@@ -1,0 +1,273 @@
+"""What a run will cost, before a weight is loaded: memory of each process at its fullest, and how a step's time is shared out.
+
+    python train.py --preset qwen1.5b --dry_run                                    # writes nothing, needs no GPU, no network for the presets' models
+    torchrun --nproc_per_node 8 train.py --preset paper --dry_run                  # the same for eight processes
+
+    masters 4 + AdamW 8 + gradients 4 bytes a trained parameter, reference and working copy 2 (bfloat16); all but the working copy shared out over processes (parallel.py)
+    cache = rows * tokens * 2 * layers * KV heads * head dim * bytes           activations = tokens * what a layer keeps (`kept_by_layer`) * layers, or with checkpointing
+                                                                                             tokens * (layers * D * bytes + one layer's)
+    sampling: bytes of weights and cache, read once a token, / BANDWIDTH          else: 2 N a token forward, 6 N an update (8 with checkpointing) / FLOPS
+
+Sizes come from the model's config and a model without memory (device "meta"). Memory is that of the worst moment of each phase, with rows of full length; times are from below:
+launches, waiting, attention's own FLOPs and everything on the CPU are not in them, so believe their proportions sooner than their sum.
+Left out on purpose: models other than dense causal LMs, GPUs that differ.
+"""
+import math
+import shlex
+import textwrap
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from data import Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
+from rollout import Sampler
+
+BANDWIDTH, FLOPS = 2.0e12, 400e12        # bytes/s, FLOP/s in bfloat16: A100/H100-class, change them for another card
+USABLE = 0.92                            # of a card's memory; the rest is CUDA's own and what the allocator loses
+CACHE_GB, MOST_ROWS, MOST_TOKENS = 20.0, 1024, 1 << 22         # of one wave of sampling (rollout.Sampler's defaults)
+PROMPT = 1024                            # tokens of a prompt, where they cannot be counted
+STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of the judge's three questions on each
+CHUNK = 8192                             # rows of the head at a time (logprob.linear_policy_loss)
+B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
+B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
+READER = "Qwen/Qwen2.5-7B-Instruct"      # assumed where no --gsrm is given
+KNOWN = {"Qwen/Qwen2.5-Math-1.5B": B1 | {"max_position_embeddings": 4096}, "Qwen/Qwen2.5-Math-7B": B7 | {"max_position_embeddings": 4096},
+         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768}}     # needs no network
+
+
+class Settings(Protocol):
+    """What is read of train.Config."""
+    model: str
+    data: str
+    gsrm: str
+    instruction: str | None
+    steps: int
+    problems_per_step: int
+    group_size: int
+    max_new_tokens: int
+    gsrm_max_new_tokens: int
+    updates_per_batch: int
+    level: str
+    beta: float
+    w_structure: float
+    max_tokens: int
+    cache_gb: float
+    dtype: str
+    gradient_checkpointing: bool
+    offload: bool
+    lora_rank: int
+    lora_targets: str
+    gpu_memory_gb: float
+
+# ------------------------------------------------------------------------------------------------ sizes of a model
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM's sizes: parameters in all, in one layer, in what is no layer (embedding, norm, head), in adapters; D, I, V as in the house's letters."""
+    params: int
+    layer: int
+    rest: int
+    adapters: int
+    layers: int
+    D: int
+    I: int
+    V: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The config of a checkpoint folder or hub name; ValueError or FileNotFoundError on one line where there is none. The presets' models need no network."""
+    if path in KNOWN and not Path(path).exists():
+        return Qwen2Config(**KNOWN[path])
+    check_folder(path, "config.json")
+    with one_line(path):
+        return AutoConfig.from_pretrained(path)
+
+
+def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all-linear") -> Shape:
+    """Counted on a model without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())] or [model]
+    names = None if lora_targets == "all-linear" else tuple(name.strip() for name in lora_targets.split(","))
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings() and (names is None or name.split(".")[-1] in names)]
+    text = config.get_text_config()
+    heads, kv_heads, head_dim = attention(text)
+    return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), sum(lora_rank * (m.in_features + m.out_features) for m in linear), text.num_hidden_layers,
+                 text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.vocab_size, heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30))
+
+
+def attention(text: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, heads of keys and values, dimension of a head)."""
+    heads = text.num_attention_heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values."""
+    text = config.get_text_config()
+    _, kv_heads, head_dim = attention(text)
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * itemsize
+
+
+def cache_tokens(gigabytes: float, per_token: int) -> int:
+    """rollout.Sampler's max_tokens under a limit in bytes."""
+    return max(1, min(MOST_TOKENS, int(gigabytes * 1e9) // per_token))
+
+
+def sampler_of(model: PreTrainedModel, tokenizer: Tokenizer, cache_gb: float = CACHE_GB, dtype: str = "") -> Sampler:
+    """A sampler whose cache takes at most `cache_gb` (10^9 bytes), in `dtype` (empty: the model's)."""
+    room = cache_tokens(cache_gb, cache_bytes(model.config, (getattr(torch, dtype) if dtype else model.dtype).itemsize))
+    return Sampler(model, *stop_and_pad_ids(model, tokenizer), max_tokens=room)
+
+
+def kept_by_layer(s: Shape, b: int) -> int:
+    """Bytes that one layer keeps of a token for the backward pass, as transformers writes Qwen's, Llama's and Mistral's layers with an attention that keeps no weights:
+    per norm float32 x, its scale, x after it twice; q, k, v, attention's output and its normaliser; gate, its silu, up, their product."""
+    wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    return 2 * (4 + 2 * b) * s.D + 4 * (2 + s.heads) + 2 * b * (wide + narrow) + 4 * b * s.I
+
+# ------------------------------------------------------------------------------------------------ a run
+
+@dataclass(frozen=True)
+class Wave:
+    """A sampling: rows of this process, tokens of the longest, rows decoded together; bytes of their cache, of one layer of it repeated for the query heads, of the logits."""
+    rows: int
+    longest: int
+    together: int
+    cache: int
+    repeated: int
+    logits: int
+    seconds: float
+
+
+def sampling(s: Shape, rows: int, prompts: int, prompt: int, new: int, cache_gb: float, b: int) -> Wave:
+    """`prompts` different prompts are computed, then `rows` rows decode `new` tokens each."""
+    per_token, longest = 2 * s.layers * s.kv_heads * s.head_dim * b, prompt + new
+    together = max(1, min(rows, MOST_ROWS, cache_tokens(cache_gb, per_token) // longest))
+    decode = sum(max((b * s.params + n * (prompt + new / 2) * per_token) / BANDWIDTH, 2 * s.params * n / FLOPS) * new
+                 for n in [together] * (rows // together) + [rows % together] * (rows % together > 0))
+    return Wave(rows, longest, together, together * longest * per_token, together * longest * 2 * s.heads * s.head_dim * b, together * s.V * (b + 16),
+                decode + 2 * s.params * prompts * prompt / FLOPS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the card by phase and thing ("always" is there in all), bytes in the CPU's memory, seconds of a step by phase, and the counts that they come from."""
+    memory: dict[str, dict[str, float]]
+    cpu: float
+    seconds: dict[str, float]
+    rollouts: Wave
+    reader: Wave | None
+    micro_batches: int
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Bytes at the worst moment of each phase."""
+        return {name: sum(self.memory["always"].values()) + sum(things.values()) for name, things in self.memory.items() if name != "always"}
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
+
+
+def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, prompt: int) -> Plan:
+    """The plan of one of `world` processes. readers: the reward models that run in it (decomposer, then perhaps a judge)."""
+    b, lora = getattr(torch, config.dtype).itemsize, config.lora_rank > 0
+    sharded = world > 1 or config.offload or config.dtype != "float32" and not lora
+    prompts = math.ceil(config.problems_per_step / world)
+    rollouts = sampling(s, prompts * config.group_size, prompts, prompt, config.max_new_tokens, config.cache_gb, b)
+    rows, longest = rollouts.rows, rollouts.longest
+    micro = min(max(config.max_tokens, longest), rows * longest)              # tokens of the largest micro-batch
+    trained, rest, two = s.adapters if lora else s.params, b * s.rest * sharded, 2 * b * s.layer * sharded
+    weights, moments, gradients = ((b * s.params if lora else 0) + 4 * trained) / world, 8 * trained / world, 4 * trained / world
+    reference = b * s.params / world if config.beta and not lora else 0
+    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference}
+    always = {name: 0 if config.offload else size for name, size in at_rest.items()}
+    always |= {"reference's embedding and head": rest * bool(reference), "reward model": b * sum(reader.params for reader in readers)}
+    head = config.level == "token"                                            # logprob.py's mode B, else mode A
+    wide = min(micro, CHUNK) * s.V * b if head else min(1 << 28, micro * s.V) * b
+    head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
+    one_layer = kept_by_layer(s, b) + (4 * (6 * s.D + s.I) if lora and not sharded and b < 4 else 0)          # adapters in float32 keep a copy of what goes in
+    layers = s.layers * s.D * b + one_layer if config.gradient_checkpointing else s.layers * one_layer
+    unit = 0 if lora else (b + 4) * max(s.rest, s.layer) * sharded           # a unit's gradient before and while it is shared out
+    memory = {"always": always,
+              "sampling": {"working copy": b * s.params * sharded, "cache": rollouts.cache, "a layer's cache for all heads": rollouts.repeated, "logits": rollouts.logits},
+              "scoring": {}, "reference": {"gathered layers": two + (rest if lora else 0), "activations": micro * b * (4 * s.D + 3 * s.I), "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
+              "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
+                         "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
+    tokens = rows * longest
+    times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
+             "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
+    reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
+    if reader:
+        memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
+        times["scoring"] = reader.seconds + 2 * readers[-1].params * rows * STEPS * 3 * QUESTION / FLOPS
+    cpu = sum(at_rest.values()) + gradients if config.offload else 0
+    return Plan(memory, cpu, times, rollouts, reader, math.ceil(tokens / (micro // longest * longest)))
+
+
+def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
+    """(what to change, the settings then, the processes then): first what moves no figure of the run, one by one and together, then what does, then more processes."""
+    free = {"--gradient_checkpointing True": {"gradient_checkpointing": True}, f"--cache_gb {config.cache_gb / 2:g}": {"cache_gb": config.cache_gb / 2},
+            f"--max_tokens {config.max_tokens // 2}": {"max_tokens": config.max_tokens // 2}, "--offload True": {"offload": True}}
+    other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0}, "--gsrm http://...": {"gsrm": "http://"}}
+    new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
+    together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
+    return ([(text, replace(config, **change), world) for text, change in new.items() if text in free] + [(" ".join(text for text in new if text in free), replace(config, **together), world)]
+            + [(text, replace(config, **change), world) for text, change in new.items() if text in other]
+            + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step])
+
+# ------------------------------------------------------------------------------------------------ the report
+
+def longest_prompt(config: Settings) -> tuple[int, str]:
+    """(tokens of the longest prompt, where that comes from): counted where problems and tokenizer lie here."""
+    if config.data and Path(config.model).is_dir():
+        tokenizer = load_tokenizer(config.model)
+        return max(len(problem_ids(tokenizer, p, config.instruction)) for p in load_problems(config.data)), f"the longest of {config.data}"
+    return PROMPT, "assumed, as no data and tokenizer lie here"
+
+
+def gigabytes(things: dict[str, float]) -> str:
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in things.items() if size >= 5e7) or "nothing above 0.05"
+
+
+def show(config: Settings, readers: list[str], world: int) -> None:
+    """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
+    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt)
+    student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm)
+    shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
+    prompt, source = longest_prompt(config)
+    s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
+    r, room, updates = plan.rollouts, config.gpu_memory_gb * 1e9, config.updates_per_batch
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
+    print(textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n")
+    print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
+    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    print(f"batch          {config.problems_per_step} problems x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {r.rows} in each of {world} process(es); at most "
+          f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {config.problems_per_step * config.group_size * r.longest:,} a step")
+    print(f"sampling       {r.together} rows at a time, {math.ceil(r.rows / r.together)} wave(s)" + (f"; the reward model {plan.reader.together} at a time, {math.ceil(plan.reader.rows / plan.reader.together)} wave(s)" if plan.reader else ""))
+    print(f"update         up to {plan.micro_batches} micro-batches of {config.max_tokens} tokens in each process, {updates} optimiser step(s) a batch, {config.steps * updates} in all")
+    if r.longest > s.positions:
+        print(f"too long       the model has {s.positions} positions: --max_new_tokens {s.positions - prompt} is the most" if prompt < s.positions else f"too long       the model has {s.positions} positions, the prompt {prompt}")
+    print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}\n  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
+    for name, peak in plan.peaks.items():
+        print(f"  {name:10} {peak / 1e9:7.1f} = always + {gigabytes(plan.memory[name])}")
+    if plan.cpu:
+        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
+    worst, fits = max(plan.peaks, key=plan.peaks.get), plan.peak <= USABLE * room
+    print(f"{'fits' if fits else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most, in {worst}; {USABLE:.0%} of a card are counted on")
+    if not fits:
+        for text, settings, processes in remedies(config, world):
+            if (less := fit(settings, processes)).peak < 0.99 * plan.peak:
+                print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if less.peak <= USABLE * room else 'not enough alone'}")
+    total = sum(plan.seconds.values())
+    print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, {config.steps} steps {config.steps * total / 3600:.3g} h")
+    print("  " + ", ".join(f"{name} {t:.3g} s ({t / total:.0%})" for name, t in plan.seconds.items()))

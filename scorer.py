@@ -1,0 +1,104 @@
+"""The reward model and the truth that a command's flags name, made ready for use: checkpoints, endpoints, rules; for train.py, eval.py and card.py alike.
+
+    --gsrm toy/gsrm                              a checkpoint folder, whose gsrm.json may name a judge of its own
+    --gsrm http://127.0.0.1:8000/v1#NAME         a model behind an OpenAI-compatible endpoint          (--judge: the same two)
+    --gsrm toy:read                              a rule of the working folder that reads a trace into steps; equal words are its judge
+"""
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from command import read_record
+from data import Problem, chat_ids, load_model, split_completion
+from endpoint import Endpoint
+from grade import grade_all
+from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, structure_rewards
+from plan import CACHE_GB, sampler_of
+from rollout import TextModel
+
+
+def find_function(name: str) -> Callable:
+    """The function behind "module:function", a file of the working folder."""
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
+    if not callable(found):
+        raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
+    return found
+
+
+def load_function(name: str) -> Callable[[str], list[Step]]:
+    """The same, for a rule that reads a trace into steps: ValueError where it gives anything else, the first time for the empty trace, at once."""
+    rule = find_function(name)
+
+    def read(trace: str) -> list[Step]:
+        steps = rule(trace)
+        if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
+            raise ValueError(f"{name} gave {str(steps)[:60]!r} for the trace {trace[:40]!r}: it has to return a list of gsrm.Step")
+        return steps
+    read("")
+    return read
+
+
+URLS = ("http://", "https://")
+
+
+def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float32", cache_gb: float = CACHE_GB) -> TextModel | Endpoint:
+    """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
+    if path.startswith(URLS):
+        url, _, name = path.partition("#")
+        if not name:
+            raise ValueError(f"{path}: which model? write it behind a #, as in {url}#Qwen/Qwen2.5-7B-Instruct")
+        return Endpoint(url, name, max_new_tokens)
+    model, tokenizer = load_model(path, device, dtype)
+    return TextModel(sampler_of(model, tokenizer, cache_gb), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
+                     partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
+
+
+def is_rule(gsrm: str) -> bool:
+    return ":" in gsrm and not gsrm.startswith(URLS) and not Path(gsrm).exists()
+
+
+def judge_of(gsrm: str, judge: str) -> str:
+    """The judge's checkpoint or URL#MODEL, "" where the GSRM judges itself: `judge`, else what gsrm.json in the GSRM's folder names, {"judge": folder seen from there}."""
+    note = Path(gsrm) / "gsrm.json"
+    return judge or (str(Path(gsrm) / str(read_record(note, "judge")["judge"])) if note.is_file() else "")
+
+
+def checkpoints_of(gsrm: str, judge: str) -> list[str]:
+    """The checkpoints that load_gsrm loads: none for a rule, or what answers behind a URL."""
+    return [path for path in (gsrm, judge_of(gsrm, judge)) if path and not path.startswith(URLS)] if gsrm and not is_rule(gsrm) else []
+
+
+def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True, dtype: str = "float32",
+              cache_gb: float = CACHE_GB) -> GSRM:
+    """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
+    a rule module:function with equal words as its judge. Checkpoints compute in `dtype`."""
+    if is_rule(gsrm):
+        if judge:
+            raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
+        return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
+    judge = judge_of(gsrm, judge)
+    reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb)
+
+    def named(path: str) -> str:
+        """The path and its weights: a retrained model at the same path must not meet the old one's cache."""
+        weights = hashlib.sha256()
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with file.open("rb") as start:
+                weights.update(start.read(1 << 24))                           # the first 16 MiB of each, not 15 GB to look at them
+        return f"{path} {weights.hexdigest()}"
+
+    same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
+    return GSRM(reader.generate, judge_by(text_model(judge, device, 1, dtype, cache_gb).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
+                judge_name=named(judge or gsrm))
+
+
+def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:
+    """Structure reward of each completion by the true structures, None where there is no truth to read."""
+    if truth is None:
+        return [None] * len(texts)
+    read = {t: truth(t) for p in {p.id: p for p in problems}.values() for t in p.teachers}
+    return [s.value for s in structure_rewards([truth(split_completion(t)[0]) for t in texts], [[read[t] for t in p.teachers] for p in problems], exact_judge)]

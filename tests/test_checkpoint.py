@@ -1,0 +1,240 @@
+"""Checkpoints: damage is found and passed over, nothing whole is lost, and a run killed at any moment ends as if it had not been."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ROOT, config, data, lines, weights  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import train
+from checkpoint import Checkpoints, damage, load_checkpoint, newest
+from data import load_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bitwise means the same number of threads in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small():
+    """(model, tokenizer, optimiser) after one step."""
+    model, tokenizer = load_model("toy/student")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    return model, tokenizer, optimizer
+
+
+@pytest.fixture(scope="module")
+def straight(one_thread, data, tmp_path_factory):  # noqa: F811
+    """One run of 8 steps, a checkpoint every two."""
+    out = tmp_path_factory.mktemp("straight")
+    train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4"))
+    return out
+
+
+def copy(run, to):
+    subprocess.run(["cp", "-r", str(run), str(to)], check=True)
+    return to
+
+
+def test_what_is_written_is_what_was_saved_though_training_goes_on(small, tmp_path):
+    model, tokenizer, optimizer = small
+    then = [p.detach().clone() for p in model.parameters()]
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1, reward=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    checkpoints.wait()
+    assert damage(tmp_path / "step_000001") == "" and load_checkpoint(tmp_path / "step_000001", model, optimizer) == {"step": 1, "reward": 0.5}
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), then))
+
+
+def test_the_last_ones_and_the_best_are_kept(small, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, reward in enumerate((0.1, 0.9, None, 0.3, 0.2, 0.4), 1):
+        checkpoints.save(*small, step, reward=reward)
+    checkpoints.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000005", "step_000006"]
+
+
+def spoil(checkpoint, how):
+    file = next(checkpoint.glob("*.safetensors"))
+    if how == "cut":
+        os.truncate(file, file.stat().st_size - 1)
+    elif how == "changed":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif how == "missing":
+        file.unlink()
+    else:
+        (checkpoint / "manifest.json").write_text("{" if how == "no manifest" else "[]")
+
+
+@pytest.mark.parametrize("how, says", [("cut", "cut short"), ("missing", "is missing"), ("changed", "was changed"), ("no manifest", "manifest.json"), ("odd manifest", "manifest.json")])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(data, straight, tmp_path, capsys, how, says):  # noqa: F811
+    out = copy(straight, tmp_path / "out")
+    for step in (8, 6):
+        spoil(out / "checkpoints" / f"step_{step:06d}", how)
+    found, passed = newest(out / "checkpoints")
+    assert found.name == "step_000004" and len(passed) == 2 and all(says in why for why in passed)
+    if how == "changed":                                                   # and the run that goes on from the one before is the straight one
+        train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
+        said = capsys.readouterr().out
+        assert "passed over" in said and "step_000004" in said and not newest(out / "checkpoints")[1]
+        assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(out).values())) and lines(out) == lines(straight)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):
+    """The system refuses files of more than 100 kB, as a full disk would."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(*small, 1)
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(*small, 2)
+        with pytest.raises(OSError, match="step_000002 could not be written.*untouched.*--resume auto"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest(tmp_path) == (tmp_path / "step_000001", [])
+    checkpoints.save(*small, 3)                                            # there is room again
+    checkpoints.wait()
+    assert newest(tmp_path)[0].name == "step_000003"
+
+
+def test_a_checkpoint_of_another_model_is_refused(small, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(*small, 1)
+    checkpoints.wait()
+    for change in ({"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"intermediate_size": 96}):
+        sizes = AutoConfig.from_pretrained(tmp_path / "step_000001").to_dict() | change
+        other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | {"layer_types": None}))
+        with pytest.raises(ValueError, match="is of another model: model.layers"):
+            load_checkpoint(tmp_path / "step_000001", other)
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(data, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        train.main(config(data, tmp_path / "file" / "out", "--steps", "1"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+DRIVER = '''
+import json, os, random, signal, sys, threading, time
+from pathlib import Path
+import checkpoint, parallel, rollout, train, update
+flags, moments, seed, least = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def die_in(module, name, nth, after):
+    """SIGKILL in the nth call of a function, before or after its work."""
+    real, calls = getattr(module, name), [0]
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == nth and not after:
+            die()
+        result = real(*args, **kwargs)
+        if calls[0] == nth:
+            die()
+        return result
+    setattr(module, name, wrapped)
+PLACES = {"sampling": lambda: die_in(rollout, "decode", 2, True), "scoring": lambda: die_in(train, "score", 1, False), "backward": lambda: die_in(update, "apply_gradient", 1, False),
+          "after the update": lambda: die_in(train, "update", 2, True), "between the two logs": lambda: die_in(train, "append_jsonl", 3, True),
+          "while shards are written": lambda: die_in(checkpoint.HuggingFaceStorageWriter, "write_data", 1, True), "before the manifest": lambda: die_in(checkpoint, "manifest", 1, False),
+          "before the rename": lambda: die_in(checkpoint, "manifest", 1, True), "while old ones are removed": lambda: die_in(checkpoint, "spare", 1, True),
+          "at the end": lambda: die_in(train, "save_model", 1, False)}
+rng, killed, done = random.Random(seed), 0, False
+while not done:
+    moment = moments.pop(0) if moments else "random" if killed < least else "never"
+    if not (child := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if moment == "random":
+            threading.Timer(rng.uniform(0.0, 3.0), die).start()
+        elif moment != "never":
+            PLACES[moment]()
+        train.main(train.parse_config(flags))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    killed += os.WIFSIGNALED(status)
+    done = status == 0
+    if not done and not os.WIFSIGNALED(status):
+        sys.exit(f"a resumed run failed in {moment!r}: {status}")
+    print(moment, "killed" if os.WIFSIGNALED(status) else "ended", flush=True)
+'''
+MOMENTS = ["sampling", "scoring", "backward", "after the update", "between the two logs", "while shards are written", "before the manifest", "before the rename", "while old ones are removed", "at the end"]
+
+
+def killed_run(data, out, moments, seed, least):  # noqa: F811
+    flags = [*train_flags(data, out), "--resume", "auto"]
+    command = [sys.executable, "-c", DRIVER, json.dumps(flags), json.dumps(moments), str(seed), str(least)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout.count("killed")
+
+
+def train_flags(data, out):  # noqa: F811
+    from test_train import SMALL
+    return [*SMALL, "--data", str(data), "--out", str(out), "--steps", "8", "--save_every", "2", "--keep", "4"]
+
+
+def same_run(a, b):
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    assert lines(a) == lines(b) and [row["step"] for row in lines(b)] == list(range(1, 9))
+    assert (a / "rollouts.jsonl").read_text() == (b / "rollouts.jsonl").read_text()
+
+
+def test_a_run_killed_at_ten_moments_ends_as_the_straight_one(data, straight, tmp_path):  # noqa: F811
+    """In sampling, scoring and backward, between the two log files, and at every stage of a checkpoint's making: SIGKILL, resumed each time."""
+    assert killed_run(data, tmp_path / "out", MOMENTS, 1, 0) == len(MOMENTS) == 10
+    same_run(straight, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_a_run_killed_at_random_moments_ends_as_the_straight_one(data, straight, tmp_path, seed):  # noqa: F811
+    assert killed_run(data, tmp_path / "out", [], seed, 12) == 12
+    same_run(straight, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_leaving(data, straight, tmp_path, number):  # noqa: F811
+    out = tmp_path / "out"
+    flags = [f if f != "2" or i < 1 else "100" for i, f in enumerate(train_flags(data, out))]        # no checkpoint would come by itself
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen = 0
+    while seen < 2:
+        seen += process.stdout.readline().startswith("step ")
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "stopped after step" in said and "Traceback" not in said
+    kept, = (out / "checkpoints").iterdir()
+    assert damage(kept) == "" and int(kept.name[5:]) == len(lines(out)) >= 2
+    train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
+    same_run(straight, out)
+
+
+def test_threads_of_a_finished_run_do_not_keep_the_process(small, tmp_path):
+    started = time.time()
+    checkpoints = Checkpoints(Path(tmp_path))
+    checkpoints.save(*small, 1)
+    checkpoints.wait()
+    assert checkpoints.pending is None and time.time() - started < 60

@@ -1,0 +1,121 @@
+"""Warnings at their thresholds, numbers that are not finite (skipped, dumped, rolled back once, then the end), the run's record, dashboards."""
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_train import config, data, lines, weights  # noqa: F401
+
+import train
+import update
+import watch
+from data import file_hash, load_model
+
+FINE = {"entropy": 0.3, "num_tokens": 100, "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.2, "sampling/sampling_logp_difference/max": 1e-5, "unscored": 0, "nonfinite": 0.0, "skipped_step": 0.0}
+
+
+@pytest.mark.parametrize("name, metric, at, beyond", [
+    ("entropy", "entropy", 0.02, 0.019), ("truncated", "completions/clipped_ratio", 0.8, 0.81), ("spreadless", "frac_reward_zero_std", 0.8, 0.81),
+    ("ratio", "sampling/sampling_logp_difference/max", 1.0, 1.01), ("unscored", "unscored", 1.6, 2), ("nonfinite", "nonfinite", 0, 1)])
+def test_each_warning_comes_beyond_its_threshold_and_no_sooner(data, name, metric, at, beyond):  # noqa: F811
+    cfg = config(data, "unused")                                           # 4 x 4 rollouts
+    assert watch.warnings(FINE, cfg) == {} == watch.warnings(FINE | {metric: at}, cfg)
+    said = watch.warnings(FINE | {metric: beyond}, cfg)
+    assert list(said) == [name] and (name == "nonfinite" or f"--warn_{name}" in said[name])
+
+
+def test_thresholds_are_flags_and_a_second_pass_may_drift(data):  # noqa: F811
+    loose = config(data, "unused", "--warn_entropy", "0", "--warn_truncated", "1", "--warn_spreadless", "1", "--warn_unscored", "1", "--updates_per_batch", "2")
+    assert watch.warnings(FINE | {"entropy": 0.0, "completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "unscored": 16, "sampling/sampling_logp_difference/max": 9.0}, loose) == {}
+
+
+def test_the_verdict_on_faults():
+    faults = watch.Faults(3)
+    assert [faults.verdict(x) for x in (1, 1, 0, 1, 1, 1)] == ["", "", "", "", "", "roll back"]
+    assert [faults.verdict(x) for x in (0, 1, 1, 1)] == ["", "", "", "stop"]
+    assert watch.Faults(2, in_row=1, rolled_back=True).verdict(1) == "stop"          # as a resumed run finds itself
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """The losses of these steps (by how often the student was updated) become NaN."""
+    calls, real_update, real_loss, steps = [0], train.update, update.linear_policy_loss, set()
+
+    def counted(*args):
+        calls[0] += 1
+        return real_update(*args)
+
+    def spoiled(*args):
+        value, *rest = real_loss(*args)
+        return (value * float("nan") if calls[0] in steps else value, *rest)
+    monkeypatch.setattr(train, "update", counted)
+    monkeypatch.setattr(update, "linear_policy_loss", spoiled)
+    return steps
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_leaves_its_batch(data, tmp_path, spoil):  # noqa: F811
+    spoil |= {2}
+    train.main(config(data, tmp_path / "two", "--steps", "2"))
+    spoil.clear()
+    train.main(config(data, tmp_path / "one", "--steps", "1"))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    first, second = lines(tmp_path / "two")
+    assert (first["nonfinite"], second["nonfinite"], second["skipped_step"]) == (0, 1, 1) and "nonfinite" in second["warnings"]
+    fault = json.loads((tmp_path / "two/faults/step_000002.json").read_text())
+    assert len(fault["rollouts"]) == len(fault["tokens"]) == 16 and [len(t) for t in fault["tokens"]] == [r["length"] for r in fault["rollouts"]]
+
+
+def test_faults_in_a_row_roll_back_once_then_end_the_run(data, tmp_path, spoil, capsys):  # noqa: F811
+    spoil |= {3, 4, 6, 7}
+    with pytest.raises(FloatingPointError, match="2 steps in a row.*again after going back.*--lr"):
+        train.main(config(data, tmp_path, "--steps", "9", "--save_every", "2", "--max_faults", "2"))
+    assert "going on with new problems" in capsys.readouterr().out
+    log = lines(tmp_path)
+    assert [row["nonfinite"] for row in log] == [0, 0, 1, 1, 0, 1, 1]
+    states = {p.name: json.loads((p / "state.json").read_text()) for p in (tmp_path / "checkpoints").iterdir()}
+    assert states["step_000004"]["rolled_back"] is True and states["step_000004"]["faults"] == 0
+    one, _ = load_model("toy/student")
+    four, _ = load_model("toy/student")
+    train.load_checkpoint(tmp_path / "checkpoints/step_000002", one)
+    train.load_checkpoint(tmp_path / "checkpoints/step_000004", four)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), four.parameters()))               # what was gone back to
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(data, tmp_path, spoil):  # noqa: F811
+    spoil |= {1, 2}
+    with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite: lower --lr"):
+        train.main(config(data, tmp_path, "--steps", "4", "--max_faults", "2"))
+
+
+def test_a_signal_is_heard_once_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with watch.leaving() as check:
+        check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)                               # what torchrun passes on is the same request
+        with pytest.raises(watch.Leave) as asked:
+            check()
+    assert asked.value.number == signal.SIGTERM and "SIGTERM" in str(asked.value) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_record_says_what_the_run_was(data, tmp_path):  # noqa: F811
+    train.main(config(data, tmp_path, "--steps", "1"))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"]["seed"] == 3 and record["processes"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert record["data"] == {str(data): file_hash(data)} and len(record["chat_template"]) == 16
+    row, = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"time/sampling", "time/scoring", "time/reference", "time/update", "time/tokens_per_second", "time/peak_memory_gb"} <= set(row) and 0.1 < row["time/peak_memory_gb"] < 20
+
+
+def test_dashboards_are_optional(data, tmp_path, monkeypatch):  # noqa: F811
+    assert watch.tracker("", tmp_path, config(data, "unused"))({"step": 1}) is None
+    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
+    with pytest.raises(ImportError, match="pip install trackio"):
+        watch.tracker("trackio", tmp_path, config(data, "unused"))
+    seen = []
+    board = type("Board", (), {"init": staticmethod(lambda **k: seen.append(k["name"])), "log": staticmethod(lambda values, step: seen.append((values, step)))})
+    monkeypatch.setitem(__import__("sys").modules, "wandb", board)
+    watch.tracker("wandb", tmp_path, config(data, "unused"))({"step": 3, "reward": 0.5, "warnings": {"entropy": "low"}})
+    assert seen == [tmp_path.name, ({"step": 3, "reward": 0.5}, 3)]
