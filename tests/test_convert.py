@@ -337,12 +337,9 @@ def test_limit_draws_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
     assert drawn[10, 0] != drawn[10, 1] != list(range(1, 11)) and set(drawn[1, 0]) < set(drawn[10, 0]) < set(drawn[30, 0])
     times = Counter(n for seed in range(200) for n in numbers_of(seed))
     assert len(times) == 20 and all(25 <= count <= 80 for count in times.values())           # 200 draws of 5 from 20: 50 each, sd 6.1
-<<<<<<< HEAD
-=======
     with pytest.raises(SystemExit) as stop:
         convert.main(["gsm8k", "--input", str(source), "--out", str(tmp_path / "other.jsonl"), "--limit", "-1"])
     assert stop.value.code == 2 and not (tmp_path / "other.jsonl").exists()
->>>>>>> 785f5d055d6579564af9888c2914544479850dc6
 
 
 def numbers_of(seed: int) -> list[int]:
