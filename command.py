@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import field
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -41,8 +42,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (all flags: {self.prog} --help)\n")
 
 
+def flag(default, text: str):
+    """A dataclass field whose help text is shown by --help."""
+    return field(default=default, metadata={"help": text})
+
+
 class ConfigParser(Parser, HfArgumentParser):
     """The same, with flags from a dataclass."""
+
+    def parse_with(self, presets: dict[str, dict], argv: list[str] | None) -> dict:
+        """The settings: defaults, then those of the preset that the flag --preset names, then flags."""
+        preset = self.parse_known_args(argv)[0].preset
+        if preset not in presets:
+            self.error(f"--preset {preset}: choose one of {', '.join(presets)}")
+        self.set_defaults(**presets[preset])
+        return vars(self.parse_args(argv))
 
 
 def at_least(low: float, kind: type = int) -> Callable[[str], float]:

@@ -240,8 +240,6 @@ def annotation_prompt(problem: Problem, trace: str) -> str:
 def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejected: bool = False) -> str:
     """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one of this model's, as soon as its answer comes; then OUT from the
     former. What other models wrote under the same OUT stays in the record and out of OUT: no trace has two targets there."""
-    if not any(p.teachers for p in problems):
-        raise ValueError("no problem has a teacher trace: there is nothing to annotate")
     record, rejected = (out.with_name(f"{out.name}.{kind}.jsonl") for kind in ("annotations", "rejected"))
     out.parent.mkdir(parents=True, exist_ok=True)
     if retry_rejected:

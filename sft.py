@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from command import ConfigParser, ending, folder, out_of_range
+from command import ConfigParser, ending, flag, folder, out_of_range
 from data import (
     NO_EOS,
     Tokenizer,
@@ -47,11 +47,6 @@ from logprob import linear_logprob
 from rollout import check_head, micro_batches, predictors
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
-
-
-def flag(default, text: str):
-    """A Config field whose help text is shown by --help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -269,11 +264,7 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset not in PRESETS:
-        parser.error(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[preset])
-    c = Config(**vars(parser.parse_args(argv)))
+    c = Config(**parser.parse_with(PRESETS, argv))
     fine = {"model": c.model, "data": c.data, "out": c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
             "max_length": c.max_length >= 0, "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
             "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}

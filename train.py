@@ -34,7 +34,7 @@ import parallel
 import plan
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
-from command import ConfigParser, ending, folder, out_of_range
+from command import ConfigParser, ending, flag, folder, out_of_range
 from data import Problem, Tokenizer, append_jsonl, check_room, data_file, file_hash, load_model, load_problems, problem_ids, save_model, template_hash, whole_turns
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
@@ -42,11 +42,6 @@ from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head
 from update import reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
-
-
-def flag(default, text: str):
-    """A Config field whose help text is shown by --help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -145,14 +140,10 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset not in PRESETS:
-        parser.error(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[preset])
-    config = Config(**vars(parser.parse_args(argv)))
+    config = Config(**parser.parse_with(PRESETS, argv))
     for f in fields(config):
         if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
-            parser.error(f"--{f.name} is needed{f' by --preset {preset}' * (preset != 'none')}: {f.metadata['help']}")
+            parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
     checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
     checks |= {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.dry_run) or not config.w_structure,
                "w_structure": any((config.w_structure, config.w_outcome, config.w_format))}
@@ -191,12 +182,13 @@ class Run:
     sampler: Sampler
     gsrm: GSRM | None
     truth: Callable | None
+    held_out: list[Problem] = field(default_factory=list)
 
 
 def set_up(config: Config, out: Path) -> Run:
     """Models, sampler, reward model and optimiser at the start of a run."""
     torch.manual_seed(config.seed)
-    problems = load_data(config)[0]
+    problems, held_out = load_data(config)
     model, tokenizer = load_model(config.model, config.device, config.dtype if config.lora_rank else "float32")       # what is frozen needs no float32 masters
     check_head(model)
     if config.lora_rank:
@@ -212,7 +204,7 @@ def set_up(config: Config, out: Path) -> Run:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype,
                                 config.cache_gb) if config.gsrm else None
-    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None)
+    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None, held_out)
 
 
 def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
@@ -314,7 +306,8 @@ def main(config: Config) -> None:
     folder(out)
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
-    held_out, run = load_data(config)[1], set_up(config, out)
+    run = set_up(config, out)
+    held_out = run.held_out
     check_room(run.tokenizer, [*run.problems, *held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
