@@ -39,7 +39,7 @@ from plan import CACHE_GB, sampler_of
 from plots import small_multiples
 from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
 from rollout import Sampler
-from scorer import checkpoints_of, load_function, load_gsrm, true_structure  # noqa: F401
+from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 

@@ -2,10 +2,11 @@
 
     reward = w_structure * structure + w_outcome * outcome + w_format * format           each a number, or None = could not be scored
 
-Add a reward of your own in `score` (a list with a number or None per row) and its weight in `reward_weights`. None never becomes 0: the row is left out of
-its group and of the loss, and is counted.
+Add a reward of your own in `score` (a list with a number or None per row) and its weight in `reward_weights`; or give one in the place of GSRM's by
+--structure_reward module:function, as `line_similarity` is one. None never becomes 0: the row is left out of its group and of the loss, and is counted.
 """
 import math
+from difflib import SequenceMatcher
 from typing import Protocol
 
 import torch
@@ -37,6 +38,14 @@ def format_reward(text: str, finished: bool) -> float:
     return float(finished and final is not None and "\\boxed{" in final and "think>" not in final and "<think>" not in trace)
 
 
+def line_similarity(problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[float]:
+    """A baseline without a model that reads or judges (in the manner of SRL, arXiv 2510.25992): difflib's ratio, in words, of the student's i-th line and the teacher's
+    i-th line, mean over the teacher's lines (0 where the student has none), of the teacher trace that it is nearest to; in [0, 1]."""
+    lines = lambda text: [line.split() for line in text.strip().splitlines() if line.strip()]
+    near = lambda student, teacher: sum(SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in zip(student, teacher)) / max(1, len(teacher))
+    return [max((near(lines(trace), lines(teacher)) for teacher in teachers), default=0.0) for trace, teachers in zip(traces, teacher_traces, strict=True)]
+
+
 def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm: GSRM | None, config: Settings) -> tuple[dict[str, list[float | None]], list[Score | None]]:
     """(rewards by name, each (N,) with None where unscored; the structure Scores) of N completions, row n belonging to problems[n]."""
     rewards: dict[str, list[float | None]] = {}
@@ -54,5 +63,7 @@ def advantages(rewards: dict[str, list[float | None]], config: Settings) -> tupl
     """((N,) advantages, (N,) bool scored) of this process's rewards."""
     tables = {name: torch.tensor([math.nan if v is None else v for v in values]).view(-1, config.group_size) for name, values in rewards.items()}
     weights = {name: w for name, w in reward_weights(config).items() if name in tables}
+    if not any(weights.values()):                        # distillation alone (--teacher_kl): no row is better than another
+        return torch.zeros(len(rewards["outcome"])), torch.ones(len(rewards["outcome"]), dtype=torch.bool)
     scored = scored_rows(tables, weights)
     return combine_advantages(tables, weights, scored, config.combine, config.scale).flatten(), scored.flatten()

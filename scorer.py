@@ -3,10 +3,13 @@
     --gsrm toy/gsrm                              a checkpoint folder, whose gsrm.json may name a judge of its own
     --gsrm http://127.0.0.1:8000/v1#NAME         a model behind an OpenAI-compatible endpoint          (--judge: the same two)
     --gsrm toy:read                              a rule of the working folder that reads a trace into steps; equal words are its judge
+    --structure_reward reward:line_similarity    a function of the working folder that gives the structure reward itself, without reading steps
 """
 import hashlib
 import importlib
 import importlib.util
+import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ from command import read_record
 from data import Problem, chat_ids, load_model, split_completion
 from endpoint import Endpoint
 from grade import grade_all
-from gsrm import GSRM, Step, exact_judge, judge_by, reading_rule, structure_rewards
+from gsrm import GSRM, Score, Step, exact_judge, judge_by, reading_rule, structure_rewards
 from plan import CACHE_GB, sampler_of
 from rollout import TextModel
 
@@ -40,6 +43,20 @@ def load_function(name: str) -> Callable[[str], list[Step]]:
         return steps
     read("")
     return read
+
+
+class OwnReward:
+    """A structure reward from "module:function", called as a GSRM is: function(problems, traces, teacher traces of each) -> a number or None (could not be scored) of each."""
+
+    def __init__(self, name: str):
+        self.name, self.function, self.stats = name, find_function(name), Counter()
+
+    def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
+        values = list(self.function([getattr(p, "problem", p) for p in problems], traces, teacher_traces))
+        if len(values) != len(traces) or not all(v is None or isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise ValueError(f"{self.name} gave {str(values)[:60]} for {len(traces)} traces: it has to return a finite number, or None, for each")
+        self.stats["unscored"] += values.count(None)
+        return [Score(None if v is None else float(v), reason="" if v is not None else f"{self.name} gave None") for v in values]
 
 
 URLS = ("http://", "https://")

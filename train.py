@@ -53,6 +53,7 @@ class Config:
     eval_data: str = flag("", "problems for the tables before and after; empty: test.jsonl of a --data folder, if there is one")
     gsrm: str = flag("", "reward model: checkpoint folder, http://HOST:PORT/v1#MODEL, or module:function, a rule that reads a trace into steps")
     judge: str = flag("", "judge of step pairs: checkpoint folder or http://HOST:PORT/v1#MODEL; empty: what gsrm.json in the folder of --gsrm names, else the same model")
+    structure_reward: str = flag("", "module:function that gives the structure reward in place of a GSRM (scorer.OwnReward), for example reward:line_similarity")
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
     limit: int = flag(0, "train on the first so many problems only (0: all)")
@@ -62,6 +63,7 @@ class Config:
     w_format: float = flag(0.2, "weight of the format reward, 1 for <think>...</think> and one boxed answer")
     combine: str = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")
     normalize: bool = flag(True, "structure reward divided by the teacher's number of steps; False: the authors' raw sum")
+    stop_at_divergence: bool = flag(True, "structure reward ends where the student leaves the teacher's branch; False: counts every later step that agrees again")
     max_teachers: int = flag(0, "use only the first so many teacher traces of a problem (0: all)")
     steps: int = flag(500, "optimiser steps (each on fresh rollouts, times updates_per_batch)")
     problems_per_step: int = flag(16, "P, problems per step over all processes")
@@ -77,6 +79,8 @@ class Config:
     clip_high: float = flag(0.28, "ratio is clipped above 1 + clip_high")
     beta: float = flag(1e-3, "weight of the KL to the frozen start; 0 loads no reference model")
     kl_kind: str = flag("k3", "k1, k2 or k3 (see grpo.kl)")
+    teacher: str = flag("", "teacher model with the student's tokenizer, for on-policy distillation: its exact KL(student || teacher) is added to the loss")
+    teacher_kl: float = flag(1.0, "weight of that KL; with --w_structure 0 --w_outcome 0 --w_format 0 there is nothing else")
     lr: float = flag(1e-6, "learning rate (AdamW), constant after the warm-up")
     warmup_steps: int = flag(0, "steps in which the rate climbs")
     weight_decay: float = flag(0.0, "AdamW's")
@@ -110,7 +114,7 @@ class Config:
 
 
 MANY = math.inf
-RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "lora_rank"), (0, MANY)) | dict.fromkeys(
+RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "teacher_kl", "lora_rank"), (0, MANY)) | dict.fromkeys(
     ("steps", "max_new_tokens", "gsrm_max_new_tokens", "updates_per_batch", "keep", "max_faults", "max_tokens", "eval_k", "reward_timeout", "lora_alpha"), (1, MANY)) | dict.fromkeys(
     ("lr", "temperature", "max_grad_norm", "cache_gb", "gpu_memory_gb"), (1e-12, MANY)) | {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)}      # low <= number < high
 CHOICES = {"combine": ("gdpo", "sum"), "scale": ("std", "none"), "aggregation": ("token", "sequence", "fixed"), "level": ("token", "sequence"), "kl_kind": ("k1", "k2", "k3"),
@@ -145,10 +149,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
             parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
     checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
-    checks |= {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.dry_run) or not config.w_structure,
-               "w_structure": any((config.w_structure, config.w_outcome, config.w_format))}
+    checks |= {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
+               "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher))}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
-             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0"}
+             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or give a --teacher)"}
     wrong, wanted = out_of_range(asdict(config), RANGES)
     if wrong:
         checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
@@ -183,6 +187,16 @@ class Run:
     gsrm: GSRM | None
     truth: Callable | None
     held_out: list[Problem] = field(default_factory=list)
+    teacher: PreTrainedModel | None = None
+
+
+def load_teacher(config: Config, tokenizer: Tokenizer) -> PreTrainedModel:
+    """The frozen teacher model of on-policy distillation; ValueError where its tokens are not the student's."""
+    teacher, other = load_model(config.teacher, config.device, config.dtype)
+    if len(other) != len(tokenizer) or any(other.decode([i]) != tokenizer.decode([i]) for i in range(len(tokenizer))):
+        raise ValueError(f"--teacher {config.teacher}: its tokenizer is not the student's, so their probabilities cannot be compared; choose a model of the same family, or use its traces")
+    check_head(teacher)
+    return teacher.requires_grad_(False)
 
 
 def set_up(config: Config, out: Path) -> Run:
@@ -195,16 +209,17 @@ def set_up(config: Config, out: Path) -> Run:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
     sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device
     reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
+    teacher = load_teacher(config, tokenizer) if config.teacher else None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
-        for net in dict.fromkeys(filter(None, (model, reference))):              # under LoRA they are one
+        for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
             parallel.shard(net, config.dtype, config.offload)
         sampler.static = False                            # graphs want weights that stay where they are
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    gsrm = evaluation.load_gsrm(config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype,
-                                config.cache_gb) if config.gsrm else None
-    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None, held_out)
+    gsrm = evaluation.OwnReward(config.structure_reward) if config.structure_reward else evaluation.load_gsrm(
+        config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb) if config.gsrm else None
+    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None, held_out, teacher)
 
 
 def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
@@ -230,7 +245,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
     for _ in range(config.updates_per_batch):
-        metrics = update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config)
+        metrics = update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher)
     clock.append(time.time())
     table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
     metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": run.optimizer.param_groups[0]["lr"], "step_time": clock[-1] - clock[0]}

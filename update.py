@@ -1,6 +1,7 @@
 """One update of the policy: rollouts and their advantages in, one step of the optimiser out.
 
     loss = sum over the step's tokens of (clipped policy term + beta * KL) / denominator            grpo.py says which terms and which denominator
+           + teacher_kl * KL(student || teacher model) / denominator                                on-policy distillation, exact over the vocabulary
 
 The denominator is that of all rows of all processes, so a micro-batch adds its plain share, gradients are sums, and the update depends neither on how the
 rows were cut nor on how they were dealt out. The log-probs are made inside the head's matmul (logprob.py), [N, V] logits are never held.
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo import denominator, grpo_loss
-from logprob import linear_logprob, linear_policy_loss
+from logprob import linear_kl, linear_logprob, linear_policy_loss
 from parallel import all_max, all_sum, inside, plain, world
 from rollout import Rollout, micro_batches, predictors
 
@@ -29,6 +30,7 @@ class Settings(Protocol):
     clip_high: float
     beta: float
     kl_kind: str
+    teacher_kl: float
     max_new_tokens: int
     max_tokens: int
     max_grad_norm: float
@@ -53,10 +55,17 @@ def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Ro
     return out
 
 
+@torch.no_grad()
+def teacher_view(teacher: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden (tokens, D2), head (V2, D2)) of a teacher model on the student's tokens, for the exact KL."""
+    return inside(teacher, lambda: (predictors(teacher, prompts, completions)[0], teacher.get_output_embeddings().weight))
+
+
 def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], per_token: dict[str, torch.Tensor], config: Settings,
-               tally: Callable[[dict[str, torch.Tensor]], None]) -> torch.Tensor:
-    """The loss share of one micro-batch. per_token: old_logp, advantages, denominator and perhaps ref_logp, (tokens,) in row order, as `predictors` gives them. The
-    loss is evaluated inside the head's matmul (linear_policy_loss, three matmuls instead of four) unless it couples the tokens of a row (level sequence)."""
+               tally: Callable[[dict[str, torch.Tensor]], None], teacher: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    """The loss share of one micro-batch. per_token: old_logp, advantages, denominator and perhaps ref_logp, (tokens,) in row order, as `predictors` gives them; teacher:
+    its teacher_view. The policy's loss is evaluated inside the head's matmul (linear_policy_loss, three matmuls instead of four) unless it couples the tokens of a row
+    (level sequence). Heads of one tokenizer may be padded to different lengths: the KL is over the rows that both have."""
     head, T = model.get_output_embeddings().weight, config.temperature
     hidden, targets = predictors(model, prompts, completions)                          # (tokens, D), (tokens,)
     keep = torch.arange(max(map(len, completions))) < torch.tensor([[len(c)] for c in completions])                    # (n, T)
@@ -70,19 +79,24 @@ def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: li
         tally(sums)
         return loss
 
-    if config.level == "sequence":
-        return loss_of(linear_logprob(hidden, head, targets, T)[0], slice(None))
-    return linear_policy_loss(hidden, head, targets, T, loss_of)[0]
+    loss = loss_of(linear_logprob(hidden, head, targets, T)[0], slice(None)) if config.level == "sequence" else linear_policy_loss(hidden, head, targets, T, loss_of)[0]
+    if teacher:
+        V = min(len(head), len(teacher[1]))
+        token_kl = linear_kl(hidden, head[:V], teacher[0], teacher[1][:V], T)                                         # (tokens,)
+        tally({"teacher_kl": token_kl.detach().sum()})
+        loss = loss + config.teacher_kl * (token_kl / per_token["denominator"].clamp_min(1)).sum()
+    return loss
 
 
 def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rollout: Rollout,
-           adv: torch.Tensor, scored: torch.Tensor, config: Settings) -> dict[str, float]:
-    """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp; metrics are means over all tokens, reduced once."""
+           adv: torch.Tensor, scored: torch.Tensor, config: Settings, teacher: PreTrainedModel | None = None) -> dict[str, float]:
+    """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp, a frozen `teacher` or none; metrics are means over all
+    tokens, reduced once."""
     model.train()
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
-    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta)]      # the others have gradient 0
-    total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())}
+    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher)]      # the others have gradient 0
+    total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())} | ({"teacher_kl": 0.0} if teacher else {})
 
     def tally(part: dict[str, torch.Tensor]) -> None:
         for name, value in part.items():
@@ -94,8 +108,9 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
         per_token = {"old_logp": rollout.logp[rows][valid], "advantages": repeat(adv), "denominator": repeat(denom)}
         if ref_logp is not None:
             per_token["ref_logp"] = ref_logp[rows][valid]
-        call = partial(micro_loss, model, [prompts[n] for n in rows], [rollout.completion(n) for n in rows], per_token, config, tally if piece else lambda part: None)
-        loss = inside(model, call) * bool(piece)
+        tokens = [prompts[n] for n in rows], [rollout.completion(n) for n in rows]
+        seen = teacher_view(teacher, *tokens) if teacher else None
+        loss = inside(model, partial(micro_loss, model, *tokens, per_token, config, tally if piece else lambda part: None, seen)) * bool(piece)
         (loss * world()).backward()                                                     # FSDP2 averages over processes, shares are to be summed
         total += loss.item()
     return apply_gradient(model, optimizer, total, sums, config.max_grad_norm)
@@ -104,7 +119,7 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
     """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite."""
     names = ["tokens", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-             "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"]
+             "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"] + ["teacher_kl"] * ("teacher_kl" in sums)
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
     largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
