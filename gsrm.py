@@ -136,10 +136,11 @@ class Walk:
     """One student beside one teacher trace, as far as it has been judged."""
     student: list[Step]
     teacher: list[Step]
-    credits: list[float] = field(default_factory=list)
-    queries: list[bool] = field(default_factory=list)    # of each step followed: was the query the same
+    stop: bool = True                                    # does it end where the student leaves the branch?
+    credits: list[float] = field(default_factory=list)   # of each step judged, 0 off the branch
+    queries: list[bool] = field(default_factory=list)    # of each step judged: were meta and query the same
     best: float = 0.0                                    # what it would have earned had every judgement that failed said yes
-    left: bool = False
+    left_at: int | None = None                           # the first step off the branch
 
     def pair(self, kind: str) -> Pair:
         i = len(self.credits)
@@ -147,14 +148,23 @@ class Walk:
 
     @property
     def ended(self) -> bool:
-        return self.left or len(self.credits) == min(len(self.student), len(self.teacher))
+        return self.stop and self.left_at is not None or not self.to_come
+
+    @property
+    def to_come(self) -> int:
+        return min(len(self.student), len(self.teacher)) - len(self.credits)
+
+    @property
+    def followed(self) -> int:
+        return len(self.credits) if self.left_at is None else self.left_at
 
 
-def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]]], judge: Judge, normalize: bool = True) -> list[Score]:
+def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
     """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i
     first, then `query` and `answer` of those still on a branch. Each distinct pair is asked once. A failed judgement (None) makes the score None
-    unless it could not have changed it. A student without steps earns 0; without teacher steps there is nothing to follow: None."""
-    walks = [[Walk(s, t) for t in ts] for s, ts in zip(students, teachers, strict=True)]
+    unless it could not have changed it. A student without steps earns 0; without teacher steps there is nothing to follow: None.
+    stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
+    walks = [[Walk(s, t, stop) for t in ts] for s, ts in zip(students, teachers, strict=True)]
     known: dict[Pair, float | None] = {}
 
     def ask(pairs: list[Pair]) -> None:
@@ -166,16 +176,17 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
         ask([w.pair("meta") for w in active])
         ask([w.pair(kind) for w in active if (known[w.pair("meta")] or 0) >= 0.5 for kind in ("query", "answer")])
         for w in active:
-            meta = known[w.pair("meta")]
+            meta, *verdicts = (known.get(w.pair(kind)) for kind in KINDS)
             if meta is not None and meta >= 0.5:
-                verdicts = [known[w.pair("query")], known[w.pair("answer")]]
                 w.best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
                 w.credits.append(0.5 ** sum(v is None or v < 0.5 for v in verdicts))
                 w.queries.append(verdicts[0] is not None and verdicts[0] >= 0.5)
             else:
-                w.left = True
-                if meta is None:                         # had it said yes, every step from here on could have earned 1
-                    w.best += min(len(w.student), len(w.teacher)) - len(w.credits)
+                if meta is None:                         # had it said yes, this step, and where one stops here every later one, could have earned 1
+                    w.best += w.to_come if stop else 1
+                w.left_at = w.followed
+                w.credits.append(0.0)
+                w.queries.append(False)
     return [pick(s, {k: w for k, w in enumerate(group) if w.teacher}, normalize) for s, group in zip(students, walks)]
 
 
@@ -185,11 +196,11 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool) -> Score:
         return Score(None, structure=student, reason="no teacher steps")
     scale = {k: len(w.teacher) if normalize else 1 for k, w in walks.items()}
     values = {k: sum(w.credits) / scale[k] for k, w in walks.items()}
-    top = max(walks, key=lambda k: (values[k], len(walks[k].credits)))
+    top = max(walks, key=lambda k: (values[k], walks[k].followed))
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")
-    earned, left_at = walks[top].credits, max(len(w.credits) for w in walks.values()) if all(w.left for w in walks.values()) else None
-    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student, choices=walks[top].queries + [False] * walks[top].left)
+    earned, left_at = walks[top].credits, [w.left_at for w in walks.values()]
+    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), None if None in left_at else max(left_at), top, student, choices=walks[top].queries)
 
 # ------------------------------------------------------------------------------------------------ the judge and the model
 
@@ -280,8 +291,8 @@ class GSRM:
     the check of answers), cache hits of both, failures and seconds since it was last cleared."""
 
     def __init__(self, generate: Callable[[list[str]], list[str | None]], judge: Judge, cache_path: str | Path | None = None, name: str = "gsrm",
-                 normalize: bool = True, min_words: int = 3, judge_name: str = ""):
-        self.generate, self.ask, self.name, self.normalize, self.min_words = generate, judge, name, normalize, min_words
+                 normalize: bool = True, min_words: int = 3, judge_name: str = "", stop: bool = True):
+        self.generate, self.ask, self.name, self.normalize, self.min_words, self.stop = generate, judge, name, normalize, min_words, stop
         self.cache_path, self.judge_name = Path(cache_path) if cache_path else None, judge_name or name
         rows, self.stats = kept(self.cache_path) if self.cache_path else [], getattr(judge, "stats", Counter())
         self.cache: dict[str, str] = {row["key"]: row["text"] for row in rows if "text" in row}
@@ -299,7 +310,7 @@ class GSRM:
             if read[n] is None or not any(teachers[n]):
                 scores[n] = Score(None, structure=read[n] or [], reason="not decomposed" if read[n] is None else "no teacher structure")
         todo = [n for n in asked if scores[n].value is not None]
-        for n, score in zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize)):
+        for n, score in zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize, self.stop)):
             scores[n] = score
         self.stats["unscored"] += sum(s.value is None for s in scores)
         self.stats["seconds"] += time.time() - started

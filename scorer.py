@@ -90,13 +90,13 @@ def checkpoints_of(gsrm: str, judge: str) -> list[str]:
 
 
 def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_new_tokens: int = 2048, normalize: bool = True, dtype: str = "float32",
-              cache_gb: float = CACHE_GB) -> GSRM:
+              cache_gb: float = CACHE_GB, stop: bool = True) -> GSRM:
     """GSRM from a checkpoint folder or URL#MODEL (`judge`: another one for the judging; default: what gsrm.json in the folder names, else the same model), or from
-    a rule module:function with equal words as its judge. Checkpoints compute in `dtype`."""
+    a rule module:function with equal words as its judge. Checkpoints compute in `dtype`; `stop`: see structure_rewards."""
     if is_rule(gsrm):
         if judge:
             raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
-        return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize)
+        return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize, stop=stop)
     judge = judge_of(gsrm, judge)
     reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb)
 
@@ -110,7 +110,7 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
 
     same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
     return GSRM(reader.generate, judge_by(text_model(judge, device, 1, dtype, cache_gb).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
-                judge_name=named(judge or gsrm))
+                judge_name=named(judge or gsrm), stop=stop)
 
 
 def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:

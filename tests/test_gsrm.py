@@ -1,6 +1,7 @@
 """Numbers for gsrm.py: hand-worked rewards, a naive twin, an oracle for the parser, hostile text, the cache. `python -m pytest tests/test_gsrm.py`"""
 import itertools
 import json
+import math
 import random
 import re
 import subprocess
@@ -69,8 +70,8 @@ def but(index: int, *fields: str, of: list[Step] = TEACHER) -> list[Step]:
     return [replace(step, **{f: f"other {f}" for f in fields}) if i == index else step for i, step in enumerate(of)]
 
 
-def one(student: list[Step], *teachers: list[Step], judge: Judge = exact_judge, normalize: bool = True) -> Score:
-    return structure_rewards([student], [list(teachers)], judge, normalize)[0]
+def one(student: list[Step], *teachers: list[Step], judge: Judge = exact_judge, normalize: bool = True, stop: bool = True) -> Score:
+    return structure_rewards([student], [list(teachers)], judge, normalize, stop)[0]
 
 
 class Recorder:
@@ -120,6 +121,24 @@ def test_hand_worked_reward(name: str) -> None:
 @pytest.mark.parametrize("i", range(4))
 def test_divergence_at_each_step_ends_the_reward(i: int) -> None:
     assert one(but(i, "meta"), TEACHER) == Score(i / 4, [1.0] * i + [0.0] * (4 - i), i, 0, but(i, "meta"))
+
+
+def test_without_the_stop_rule_the_steps_behind_a_divergence_count() -> None:
+    student = [TEACHER[0], OTHER[0], replace(TEACHER[2], query="x"), TEACHER[3], *OTHER]
+    assert one(student, TEACHER, stop=False) == Score(2.5 / 4, [1, 0, 0.5, 1, 0, 0], 1, 0, student)
+    assert one(student, TEACHER, stop=False).choices == [True, False, False, True] and one(student, TEACHER).choices == [True, False]
+    assert one(student, TEACHER, normalize=False, stop=False).value == 2.5 and one(student, TEACHER).value == 1 / 4
+    for name, (student, total, earned, left_at) in CASES.items():                                # a position has to be right: no other case gains
+        gained = {"more steps, left before": (3, [1, 1, 0, 1, 0, 0])}.get(name, (total, earned))
+        assert one(student, TEACHER, stop=False) == Score(gained[0] / 4, gained[1], left_at, 0, student), name
+    behind = but(0, "meta")
+    assert one(behind, TEACHER, OTHER, stop=False) == Score(3 / 4, [0, 1, 1, 1], 0, 0, behind)
+    assert one(behind, TEACHER, behind[:1] + OTHER * 3, stop=False).left_at == 1                 # the first step off every branch
+    assert one(behind, TEACHER, judge=fails_on("m3"), stop=False).value is None                  # 2/4 or 3/4
+    assert one(behind, TEACHER, judge=fails_on("other meta"), stop=False).value is None and one(behind, TEACHER, judge=fails_on("m3")).value == 0
+    broken = Recorder(lambda pair: None if pair[1] == "n1" else exact_judge([pair])[0])
+    near, far = [*TEACHER[:3], OTHER[0]], OTHER[:1] + steps(*["z/z/z"] * 3)                      # a yes to n1 is worth one step, where one stops there all four
+    assert one(near, far, TEACHER, judge=broken, stop=False).value == 3 / 4 and one(near, far, TEACHER, judge=broken).value is None
 
 
 def test_a_longer_decomposition_buys_nothing() -> None:
@@ -239,34 +258,43 @@ def test_a_pair_that_failed_is_not_asked_again_in_the_same_call() -> None:
     assert judge.waves == [[("meta", "m1", "m1")]]
 
 
-def naive(student: list[Step], traces: list[list[Step]], answer: Callable[[Pair], float | None], normalize: bool) -> tuple[float | None, set[Pair]]:
-    """The reward by plain loops, one judgement at a time: (value, the pairs it needed). Bounds: every failure a no, every failure a yes."""
-    lows, highs, needed = [], [], set()
+def naive(student: list[Step], traces: list[list[Step]], answer: Callable[[Pair], float | None], normalize: bool,
+          stop: bool) -> tuple[float | None, set[Pair], int | None]:
+    """The reward by plain loops, one judgement at a time: (value, the pairs it needed, left_at). Bounds: every failure a no, every failure a yes."""
+    lows, highs, needed, left = [], [], set(), []
 
     def ask(kind: str, t: Step, s: Step) -> float | None:
         needed.add(pair := (kind, getattr(t, kind), getattr(s, kind)))
         return answer(pair)
     for trace in filter(None, traces):
-        low, high, last = 0.0, 0.0, min(len(student), len(trace))
+        low, high, last, off = 0.0, 0.0, min(len(student), len(trace)), []
         for i in range(last):
             meta = ask("meta", trace[i], student[i])
             if meta is None or meta < 0.5:
-                high += last - i if meta is None else 0
-                break
+                off.append(i)
+                if stop:
+                    high += last - i if meta is None else 0
+                    break
+                high += meta is None
+                continue
             verdicts = [ask(kind, trace[i], student[i]) for kind in ("query", "answer")]
             low += 0.5 ** sum(v is None or v < 0.5 for v in verdicts)
             high += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
         lows.append(low / (len(trace) if normalize else 1))
         highs.append(high / (len(trace) if normalize else 1))
-    return (max(lows) if lows and max(highs) - max(lows) < 1e-9 else None), needed
+        left.append(off[0] if off else math.inf)
+    if not lows or max(highs) - max(lows) > 1e-9:
+        return None, needed, None
+    return max(lows), needed, None if max(left) == math.inf else max(left)
 
 
 def random_structure(rng: random.Random, longest: int) -> list[Step]:
     return [Step(rng.choice("abb"), rng.choice("cd"), rng.choice("ef")) for _ in range(rng.randint(0, longest))]
 
 
+@pytest.mark.parametrize("stop", [True, False])
 @pytest.mark.parametrize("failures", [0.0, 0.03, 0.3])
-def test_reward_equals_the_naive_twin(failures: float) -> None:
+def test_reward_equals_the_naive_twin(failures: float, stop: bool) -> None:
     rng, unscored, values = random.Random(f"twin {failures}"), 0, set()
     for _ in range(500):
         verdicts: dict[Pair, float | None] = {}
@@ -278,10 +306,10 @@ def test_reward_equals_the_naive_twin(failures: float) -> None:
         students = [random_structure(rng, 5) for _ in range(rng.randint(1, 3))]
         teachers = [[random_structure(rng, 6) for _ in range(rng.randint(0, 3))] for _ in students]
         normalize, judge = rng.random() < 0.5, Recorder(answer)
-        scores = structure_rewards(students, teachers, judge, normalize)
-        twins = [naive(s, ts, answer, normalize) for s, ts in zip(students, teachers)]
-        assert [s.value for s in scores] == pytest.approx([value for value, _ in twins])
-        assert set(judge.asked) == set().union(*(needed for _, needed in twins)) and len(judge.asked) == len(set(judge.asked))
+        scores = structure_rewards(students, teachers, judge, normalize, stop)
+        twins = [naive(s, ts, answer, normalize, stop) for s, ts in zip(students, teachers)]
+        assert [s.value for s in scores] == pytest.approx([value for value, _, _ in twins]) and [s.left_at for s in scores] == [left_at for *_, left_at in twins]
+        assert set(judge.asked) == set().union(*(needed for _, needed, _ in twins)) and len(judge.asked) == len(set(judge.asked))
         for score, student, ts in zip(scores, students, teachers):
             if score.value is not None:
                 assert len(score.steps) == len(student) and sum(score.steps) / (len(ts[score.trace]) if normalize else 1) == pytest.approx(score.value)
@@ -557,6 +585,15 @@ def test_gsrm_scores_what_structure_rewards_does() -> None:
     assert [s.value for s in scores] == [1, 0.5, 0.5, 0.875, 1]
     raw = GSRM(Reader(), exact_judge, normalize=False)(["p"], [T], [[T]])
     assert raw[0].value == 4
+
+
+def test_gsrm_passes_the_stop_rule_on() -> None:
+    student = steps("m1/q1/a1", "gone/q/b", "m3/q3/a3", "m4/q4/a4")
+    for stop, value in ((True, 1 / 4), (False, 3 / 4)):
+        score, = GSRM(Reader(), exact_judge, stop=stop)(["p"], [text_of(student)], [[T]])
+        assert score == one(student, TEACHER, stop=stop) and score.value == value
+    for gsrm in ("toy:read", str(ROOT / "toy/gsrm")):
+        assert load_gsrm(gsrm, "", None, "cpu").stop and not load_gsrm(gsrm, "", None, "cpu", stop=False).stop
 
 
 def test_problems_may_be_records_or_texts() -> None:
