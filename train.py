@@ -218,7 +218,8 @@ def set_up(config: Config, out: Path) -> Run:
         sampler.static = False                            # graphs want weights that stay where they are
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     gsrm = evaluation.OwnReward(config.structure_reward) if config.structure_reward else evaluation.load_gsrm(
-        config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb) if config.gsrm else None
+        config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb,
+        config.stop_at_divergence) if config.gsrm else None
     return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None, held_out, teacher)
 
 
