@@ -1,12 +1,13 @@
-"""The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; every table is drawn from one results file.
+"""The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 20 minutes on two cores
+    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: under half an hour on two cores
+    python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
-    python study.py report                                 # the tables again, from docs/study.jsonl alone
+    python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
 
-An arm is a list of commands; each is printed and can be run alone. All arms start from the same student, train on the same problems and are evaluated by the
-same two commands on the same held-out problems. A finished (regime, arm, seed) is a line of the results file and is not run again, so an interrupted study goes on.
-Interval: mean +- t(0.975, n-1) * sd / sqrt(n) over n seeds. Differences are paired by seed.
+An arm is a list of commands; each is printed to its log.txt and can be run alone. All arms of a regime start from the same student, see the same problems and are
+evaluated by the same commands on the same held-out problems. A finished (regime, arm, seed) is a line of the results file and is not run again, so an interrupted
+study goes on. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
 """
 import json
 import os
@@ -15,39 +16,65 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tqdm import tqdm
 
 from command import Parser, at_least, ending, folder
 from data import append_jsonl, read_jsonl
-from grade import mean_interval
-from report import correlation, summary
+from report import by_problem, correlation, structure_report, summary
 
-REGIMES = {   # name -> (folder of problems, commands that make it, completion budget of RL, of evaluation: the teacher's voice, which SFT learns, is longer)
-    "sparse": ("toy", [], 150, 200),
-    "dense": ("out/study/dense",
-              [f"python toy.py problems --people 9 --needed 4 6 --count 256 --seed {seed} --out out/study/dense/{split}.jsonl" for seed, split in ((1, "train"), (2, "test"))], 150, 200),
+ROOM = 200                                                # tokens of a completion in training: the longest walk in the teacher's wordy voice fits
+SETS = {"test": 12, "larger": 13, "other": 15}            # held-out sets by the seed of their problems: as trained, more people and deeper, a wording never seen
+MADE = "python toy.py problems --people {people} --needed {needed} "
+REGIMES = {   # name -> (people, how many the answer takes), of training and of the larger problems
+    "sparse": ((11, "7 8"), (13, "9 10")), "dense": ((9, "4 6"), (11, "7 8")),                                          # the two regimes of all arms
+    "5 people": ((5, "2 3"), (7, "3 4")), "7 people": ((7, "3 4"), (9, "4 6")), "13 people": ((13, "9 10"), (14, "10 11")),     # more difficulties, for base, GRPO and RLKD
 }
-TRAIN = "python train.py --data {data} --eval_problems 0 --save_every 0 --max_new_tokens {budget} --seed {seed} --out {out}"
-SFT = "python sft.py --model toy/student --data {data} --epochs 12 --lr 5e-4 --batch_size 32 --seed {seed} --out {out}/model"
-EVAL = ("python eval.py --model {model} --data {data} --limit 64 --k 16 --temperature {temperature} --top_p 1 --max_new_tokens {room} "
-        "--gsrm toy/gsrm --gsrm_max_new_tokens 300 --truth toy:read --seed {seed} --out {out}/eval_{temperature}.jsonl")
-ARMS = {
-    "base": [],
-    "sft": [SFT],
-    "grpo": [TRAIN + " --w_structure 0"],
-    "rlkd": [TRAIN],
-    "rlkd, true structure": [TRAIN + " --gsrm toy:read"],
-    "structure only": [TRAIN + " --w_outcome 0"],
-    "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
-    "rlkd, plain sum": [TRAIN + " --combine sum"],
+EPOCHS = {32: 40, 128: 20, 512: 10, 2048: 5, 8192: 3}     # of SFT on the teacher traces of so many problems; the best one by validation is kept
+SFT = "python sft.py --model toy/student --data {{data}}/train.jsonl --limit {n} --eval_data {{data}}/val.jsonl --keep best --epochs {epochs} --lr 1e-3 --batch_size 32 --seed {{seed}} --out {{root}}/sft_{n}/seed{{seed}}/model"
+TRAIN = f"python train.py --data {{data}}/train.jsonl --limit 512 --eval_problems 0 --save_every 0 --max_new_tokens {ROOM} --seed {{seed}} --out {{out}}"
+EVAL = "python eval.py --model {model} --top_p 1 --max_new_tokens 300 --gsrm toy:read --seed {seed} "
+EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/greedy.jsonl", "test": EVAL + "--data {data}/test.jsonl --temperature 1 --k 64 --out {out}/test.jsonl",
+         "transfer": EVAL + "--data {data}/transfer.jsonl --temperature 1 --k 16 --out {out}/transfer.jsonl"}
+SFTS = {n: SFT.format(n=n, epochs=epochs) for n, epochs in EPOCHS.items()}
+FROM_SFT, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
+TRUE = TRAIN + " --gsrm toy:read"                         # the world's own reader as reward model: what differs between such arms is not the reading
+ARMS: dict[str, list[str]] = {                            # name -> commands; the student is what the last one wrote, without one the base
+    "base": [], "grpo": [TRAIN + " --w_structure 0"], "rlkd": [TRAIN], **{f"sft {n}": [command] for n, command in SFTS.items()},
+    "structure only": [TRAIN + " --w_outcome 0"], "rlkd, true structure": [TRUE], "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
+    "sft 512 -> grpo": [SFTS[512], TRAIN + FROM_SFT + " --w_structure 0"], "sft 512 -> rlkd": [SFTS[512], TRAIN + FROM_SFT],
+    "line similarity": [TRAIN + " --structure_reward reward:line_similarity"],
+    "distillation": [SFTS[8192], TRAIN + TEACHER + " --w_structure 0 --w_outcome 0 --w_format 0 --beta 0"],                   # on-policy, exact reverse KL
+    "grpo + distillation": [SFTS[8192], TRAIN + TEACHER + " --w_structure 0 --teacher_kl 0.1"],                              # in the manner of KDRL
+    **{f"rlkd, {n} problems": [TRAIN.replace("--limit 512", f"--limit {n}")] for n in (8, 32, 128)},
+    **{f"structure : outcome {name}": [TRUE + f" --w_outcome {w}"] for name, w in (("1/4", 4), ("1/2", 2), ("1", 1), ("2", 0.5))},           # 4 is the preset's, w_outcome 0.25
+    "no stop rule": [TRUE + " --stop_at_divergence False"], "plain sum": [TRUE + " --combine sum"], "plain sum of raw": [TRUE + " --combine sum --normalize False"],
+    "no std": [TRUE + " --scale none"], "Dr.GRPO": [TRUE + " --scale none --aggregation fixed --clip_high 0.2"], "GRPO's mean over rows": [TRUE + " --aggregation sequence --clip_high 0.2"],
+    "two updates, clip 0.2": [TRUE + " --updates_per_batch 2 --clip_high 0.2"], "two updates, DAPO's clip": [TRUE + " --updates_per_batch 2"],
 }
-QUICK = dict(arms=["base", "sft", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
-METRICS = {"greedy": "accuracy greedy", "sampled": "accuracy sampled", "pass@16": "pass@16", "structure": "structure (GSRM)", "true_structure": "structure (true)",
-           "r": "r(GSRM, true)", "length": "length"}
+MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
+QUICK = dict(arms=["base", "sft 512", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
+METRICS = {"greedy": "greedy", "sampled": "sampled", "pass@64": "pass@64", "structure": "true structure", "choice": "choice", "answer": "answer on branch", "paths": "paths", "length": "length",
+           "larger": "larger", "other": "reworded"}       # figures that every run has -> head of their column
+_made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
+
+
+def has_arm(regime: str, arm: str) -> bool:
+    return regime == "sparse" or arm in MAIN or regime == "dense" and arm not in SPARSE_ONLY
+
+
+def data_commands(regime: str, path: Path) -> list[str]:
+    """What makes a regime's problems: train, val, the held-out sets one by one and together."""
+    level, larger = REGIMES[regime]
+    problems = lambda name, of, count, seed, more="": MADE.format(people=of[0], needed=of[1]) + f"--count {count} --seed {seed} {more}--out {path}/{name}.jsonl"
+    test, wider, other = (64, SETS["test"]), (64, SETS["larger"]), (64, SETS["other"], "--wording other ")
+    return [problems("train", level, 8192, 11), problems("val", level, 128, 14), problems("test", level, *test), problems("transfer", larger, *wider),
+            problems("transfer", level, *other[:2], other[2] + "--append "), problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
 
 
 def run(command: str, threads: int, log: Path) -> None:
@@ -62,28 +89,67 @@ def run(command: str, threads: int, log: Path) -> None:
         raise RuntimeError(f"{command} ended with status {code}: {log.read_text().splitlines()[-1]} (all that it said: {log})")
 
 
-def figures(sampled: list[dict], greedy: list[dict]) -> dict[str, float]:
-    """The study's measures of one trained student."""
-    means, k = summary(sampled), sum(r["id"] == sampled[0]["id"] for r in sampled)
-    return {"greedy": summary(greedy)["mean@1"][0], "sampled": means[f"mean@{k}"][0], f"pass@{k}": means[f"pass@{k}"][0], "structure": means["structure"][0],
-            "true_structure": means["true_structure"][0], "r": correlation(sampled), "length": means["length"][0], "truncated": means["truncated"][0]}
+def paths_found(rows: list[dict]) -> float:
+    """Different right walks per problem: the answer is right and the last step found it (no guess), and the reasons and sub-problems, in order, are not another one's."""
+    walks = lambda group: {tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if r["correct"] and r["steps"] and r["steps"][-1][2] == r["answer"]}
+    return float(np.mean([len(walks(group)) for group in by_problem(rows).values()]))
 
 
-def one(regime: str, arm: str, seed: int, folder: Path, threads: int) -> dict:
+def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> dict[str, float | list[float]]:
+    """The study's measures of one student: `sampled` on the test set, `transfer` on the two others, `greedy` on all three."""
+    of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
+    means, (branch, steps), k = summary(sampled), structure_report(sampled), sum(r["id"] == sampled[0]["id"] for r in sampled)
+    out = {"greedy": summary(of(greedy, "test"))["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")}, "structure": means["structure"][0],
+           "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0], "paths": paths_found(sampled), "length": means["length"][0], "truncated": means["truncated"][0]}
+    for name in ("larger", "other"):
+        rows = of(transfer, name)
+        some = summary(rows)
+        out |= {name: next(v[0] for m, v in some.items() if m.startswith("mean@")), f"{name} greedy": summary(of(greedy, name))["mean@1"][0], f"{name} structure": some["structure"][0]}
+    return out | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": sum(r["left_at"] is None and bool(r["steps"]) for r in sampled) / len(sampled)}
+
+
+def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
+    """From the log of an RL run: its learning curves, means of ten steps each, and how its reward agrees with the true structure over the last 24 steps."""
+    if not (out / "log.jsonl").exists():
+        return {}
+    log = [row for _, row in read_jsonl(out / "log.jsonl")]
+    names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length", "entropy": "entropy"}
+    mean = lambda rows, key: round(float(np.mean([row[key] for row in rows])), 4)
+    found: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
+    if "rewards/structure/mean" in log[0]:
+        last = [{"structure": row["rewards"]["structure"], "true_structure": row["true_structure"]} for _, row in read_jsonl(out / "rollouts.jsonl") if row["step"] > len(log) - 24]
+        found |= {"gap": mean(log[-24:], "rewards/structure/mean") - mean(log[-24:], "true_structure"), "r": correlation([row for row in last if row["structure"] is not None])}
+    return found
+
+
+def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     """Trains and evaluates one arm with one seed: its line of the results file."""
-    data, _, budget, room = REGIMES[regime]
-    out = folder / regime / arm.replace(", ", "_").replace(" ", "_") / f"seed{seed}"
+    out = root / regime / "".join(c if c.isalnum() else "_" for c in arm) / f"seed{seed}"
+    fill = dict(data=root / regime / "data", root=root / regime, seed=seed, out=out)
+    commands = [c.format(**fill) for c in ARMS[arm]]
+    made = [Path(c.split("--out ")[1].split()[0]) for c in commands]                                      # of sft.py a model/, of train.py the folder around it
+    model = "toy/student" if not made else made[-1] if made[-1].name == "model" else made[-1] / "model"
+    evals, started = [c.format(**fill, model=model) for c in EVALS.values()], time.time()
+    if out not in (path.parent for path in made):
+        shutil.rmtree(out, ignore_errors=True)            # a half run starts over; an SFT model stays, another arm may have started from it
     out.mkdir(parents=True, exist_ok=True)
-    fill = dict(data=data, budget=budget, room=room, seed=seed, out=out, model=out / "model" if ARMS[arm] else "toy/student")
-    commands = [c.format(**fill, temperature="") for c in ARMS[arm]] + [EVAL.format(**fill, temperature=t) for t in (1, 0)]
-    started = time.time()
-    for file in ("log.txt", "log.jsonl", "rollouts.jsonl", "run.json", *(f"eval_{t}{end}" for t in (1, 0) for end in (".jsonl", ".settings.json"))):           # a half run starts over
-        (out / file).unlink(missing_ok=True)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    for command in commands:
+    for command, path in zip(commands, made):
+        with _made[path]:
+            if not (path / "model.safetensors").exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                run(command, threads, path.parent / "log.txt")
+    for name, command in zip(EVALS, evals):
+        for end in (".jsonl", ".settings.json"):
+            (out / f"{name}{end}").unlink(missing_ok=True)
         run(command, threads, out / "log.txt")
-    rows = [[row for _, row in read_jsonl(out / f"eval_{t}.jsonl")] for t in (1, 0)]
-    return {"regime": regime, "arm": arm, "seed": seed, **figures(*rows), "seconds": round(time.time() - started), "commands": commands}
+    rows = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in EVALS}
+    found = figures(rows["test"], rows["transfer"], rows["greedy"]) | training(out)
+    for large in (*(out / f"{name}.jsonl" for name in EVALS), out / "rollouts.jsonl"):
+        large.unlink(missing_ok=True)                     # 50 MB a run
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    numbers = {name: round(value, 5) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in found.items()}
+    return {"regime": regime, "arm": arm, "seed": seed, **numbers, "seconds": round(time.time() - started), "commands": commands + evals}
 
 
 def read_results(path: Path) -> list[dict]:
@@ -95,26 +161,22 @@ def read_results(path: Path) -> list[dict]:
     return [row for _, row in rows]
 
 
-def report(results: Path) -> str:
-    """Markdown tables of a results file: one per regime, arms in their order, then differences to GRPO paired by seed."""
-    rows, text = read_results(results), []
-    for regime in [r for r in REGIMES if any(row["regime"] == r for row in rows)]:
-        of = {arm: sorted([row for row in rows if (row["regime"], row["arm"]) == (regime, arm)], key=lambda row: row["seed"]) for arm in ARMS}
-        text += [f"**{regime}**: mean over seeds and 95 % interval", "", "| | seeds | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
-        for arm, found in of.items():
-            if found:
-                limits = {"length": (0, 0.0), "r": (2, -1.0, 1.0)}
-                text.append(f"| {arm} | {len(found)} | " + " | ".join(cell([row[m] for row in found], *limits.get(m, (2, 0.0, 1.0))) for m in METRICS) + " |")
-        pairs = [(arm, [(a, b) for a in found for b in of["grpo"] if a["seed"] == b["seed"]]) for arm, found in of.items() if arm not in ("base", "grpo")]
-        text += [""] + [f"{arm} - grpo, paired by seed: sampled accuracy {cell([a['sampled'] - b['sampled'] for a, b in both])}, true structure "
-                        f"{cell([a['true_structure'] - b['true_structure'] for a, b in both])}" for arm, both in pairs if len(both) > 1] + [""]
-    return "\n".join(text)
-
-
-def cell(values: list[float], digits: int = 2, least: float = -np.inf, most: float = np.inf) -> str:
-    """Mean and interval, which is cut at what the measure can be."""
-    mean, _, low, high = np.clip(mean_interval(np.array(values)), least, most)
-    return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) and low < high else "")
+def go_on(args) -> None:
+    """Runs what the results file does not hold yet, arm by arm."""
+    folder(args.results.parent)                                                     # before hours of work that could not be written down
+    done = {(row["regime"], row["arm"], row["seed"]) for row in read_results(args.results)} if args.results.exists() else set()
+    todo = [key for arm in args.arms for regime in args.regimes for seed in args.seeds if has_arm(regime, arm) and (key := (regime, arm, seed)) not in done]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    for regime in dict.fromkeys(regime for regime, *_ in todo):
+        path = args.out / regime / "data"
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
+            for command in data_commands(regime, path):
+                run(command, threads, path / "log.txt")
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
+        for future in as_completed([pool.submit(one, *key, args.out, threads) for key in todo]):
+            append_jsonl(args.results, [future.result()])
+            bar.update()
 
 
 def main() -> None:
@@ -131,21 +193,7 @@ def main() -> None:
     if args.quick:
         vars(args).update(QUICK)
     if args.command == "run":
-        folder(args.results.parent)                                                 # before hours of work that could not be written down
-        done = {(row["regime"], row["arm"], row["seed"]) for row in read_results(args.results)} if args.results.exists() else set()
-        todo = [(regime, arm, seed) for regime in args.regimes for seed in args.seeds for arm in args.arms[::-1] if (regime, arm, seed) not in done]
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        for regime in {regime for regime, *_ in todo}:
-            (args.out / regime).mkdir(parents=True, exist_ok=True)
-            for command in REGIMES[regime][1]:
-                run(command, threads, args.out / regime / "log.txt")
-        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
-            for future in as_completed([pool.submit(one, *key, args.out, threads) for key in todo]):
-                append_jsonl(args.results, [future.result()])
-                bar.update()
-    if not args.results.exists() or not (tables := report(args.results)):
-        parser.error(f"no results at {args.results}: run the study first")
-    print(tables)
+        go_on(args)
 
 
 if __name__ == "__main__":

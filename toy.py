@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from command import Parser, at_least, ending
-from data import Problem, TiktokenTokenizer, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
+from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
 from sft import token_pair, train_pairs
@@ -322,11 +322,12 @@ def main() -> None:
         more.add_argument(f"--{name}", type=at_least(least), default=default)
     more.add_argument("--needed", type=int, nargs=2, default=NEEDED, metavar=("FROM", "TO"), help="how many people the answer takes")
     more.add_argument("--wording", choices=tuple(FACTS), default="plain")
+    more.add_argument("--append", action="store_true", help="behind the problems that --out holds already")
     more.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.command == "problems":
         with ending():
-            write_jsonl(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
+            (append_jsonl if args.append else write_jsonl)(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
         return
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "make.log").unlink(missing_ok=True)
