@@ -127,6 +127,8 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
     for axes, regime in zip(grid[0], regimes):
         draw(axes, regime)
         axes.set(xlabel=xlabel, title=regime, **more)
+        if more.get("xscale") == "log":
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel(ylabel)
     handles = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels())}
@@ -152,7 +154,7 @@ def draw_data(runs: Runs, path: Path) -> None:
         for arm in ("base", "grpo"):
             if (regime, arm) in runs:
                 axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle="--", label=arm + (", 512 problems" if arm == "grpo" else ""))
-    side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", "accuracy, sampled", xscale="log", ylim=(0, 1))
+    side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", "accuracy, sampled", xlim=(6, 11000), xscale="log", ylim=(0, 1))
 
 
 def draw_pass(runs: Runs, path: Path) -> None:
@@ -160,8 +162,7 @@ def draw_pass(runs: Runs, path: Path) -> None:
         for arm in [a for a in COLORS if (regime, a) in runs]:
             sizes = [2**i for i in range(7)]
             band(axes, sizes, [values(runs, regime, arm, f"found@{k}") for k in sizes], COLORS[arm], arm)
-        axes.set_xticks(sizes := [1, 4, 16, 64], sizes)
-    side_by_side(path, ("sparse", "dense"), draw, "k samples", "pass@k without guesses", xscale="log", ylim=(0, 1.02))
+    side_by_side(path, ("sparse", "dense"), draw, "k samples", "pass@k without guesses", xlim=(0.9, 72), xscale="log", ylim=(0, 1.02))
 
 
 def draw_left(runs: Runs, path: Path) -> None:

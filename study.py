@@ -10,6 +10,7 @@ evaluated by the same commands on the same held-out problems. A finished (regime
 study goes on. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -153,7 +154,7 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
         large.unlink(missing_ok=True)                     # 40 MB a run
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    numbers = {name: round(value, 5) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in measured.items()}
+    numbers = {name: (round(value, 5) if math.isfinite(value) else None) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in measured.items()}
     return {"regime": regime, "arm": arm, "seed": seed, **numbers, "seconds": round(time.time() - started), "commands": commands + evals}
 
 
@@ -166,6 +167,11 @@ def read_results(path: Path) -> list[dict]:
         if row["regime"] not in REGIMES or row["arm"] not in ARMS:
             raise ValueError(f"{where}: this study has no arm {row['arm']!r} in a regime {row['regime']!r}: was it written by an older study.py?")
     return [row for _, row in rows]
+
+
+def order(row: dict) -> tuple[int, int, int]:
+    """Where a line of the results stands in the tables, in whatever order the runs ended."""
+    return list(REGIMES).index(row["regime"]), list(ARMS).index(row["arm"]), row["seed"]
 
 
 def go_on(args) -> None:
@@ -203,8 +209,8 @@ def main() -> None:
         go_on(args)
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
-    template = Path(__file__).parent / "docs/study.md"
-    written = evidence.report(sorted(rows, key=lambda row: (list(REGIMES).index(row["regime"]), list(ARMS).index(row["arm"]), row["seed"])), args.results.with_suffix(".md"), template)
+    template, rows = Path(__file__).parent / "docs/study.md", sorted(rows, key=order)
+    written = evidence.report(rows, args.results.with_suffix(".md"), template)
     if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
         readme = template.parent.parent / "README.md"
         readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), evidence.blocks(rows)), encoding="utf-8")
