@@ -143,8 +143,9 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
         with _made[path]:
             if not (path / "model.safetensors").exists():
                 shutil.rmtree(path, ignore_errors=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                run(command, threads, path.parent / "log.txt")
+                place = path.parent if path.name == "model" else path
+                place.mkdir(parents=True, exist_ok=True)
+                run(command, threads, place / "log.txt")
     for name, command in zip(EVALS, evals):
         for end in (".jsonl", ".settings.json"):
             (out / f"{name}{end}").unlink(missing_ok=True)
