@@ -137,6 +137,8 @@ def test_without_the_stop_rule_the_steps_behind_a_divergence_count() -> None:
     assert one(behind, TEACHER, judge=fails_on("m3"), stop=False).value is None                  # 2/4 or 3/4
     assert one(behind, TEACHER, judge=fails_on("other meta"), stop=False).value is None and one(behind, TEACHER, judge=fails_on("m3")).value == 0
     broken = Recorder(lambda pair: None if pair[1] == "n1" else exact_judge([pair])[0])
+    for order in (1, -1):                                                                        # equal values: the one that was followed further first
+        assert one(TEACHER, *[[OTHER[0], *TEACHER[1:]], [*TEACHER[:3], OTHER[0]]][::order], stop=False).trace == (1 if order == 1 else 0)
     near, far = [*TEACHER[:3], OTHER[0]], OTHER[:1] + steps(*["z/z/z"] * 3)                      # a yes to n1 is worth one step, where one stops there all four
     assert one(near, far, TEACHER, judge=broken, stop=False).value == 3 / 4 and one(near, far, TEACHER, judge=broken).value is None
 
