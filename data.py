@@ -28,12 +28,13 @@ import torch
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from command import Parser, ending
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
+DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -228,9 +229,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return tokenizer
 
 
-DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
-
-
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
     """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers
     would go on with random ones) or not finite, for a device that is not there, or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
@@ -242,7 +240,10 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     if wrong := sorted(report["missing_keys"]) + sorted(f"{name} {tuple(have)} instead of {tuple(want)}" for name, have, want in report["mismatched_keys"]):
         raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
-    if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows and not isinstance(tokenizer, TiktokenTokenizer):         # AutoTokenizer adds <|endoftext|> to any folder of a Qwen2: then what its files say
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if len(tokenizer) > rows:
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
     if broken := next((name for name, p in model.to(device).named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
@@ -283,10 +284,8 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages)
+    text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
+            else ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages))
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 
