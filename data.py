@@ -222,8 +222,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
     check_folder(path)
     with one_line(path):
-        spec = Path(path) / "tiktoken.json"
+        spec, config = Path(path) / "tiktoken.json", Path(path) / "config.json"
         tokenizer = TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
+        if not spec.is_file() and config.is_file() and len(tokenizer) > json.loads(config.read_text(encoding="utf-8")).get("vocab_size", len(tokenizer)):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)        # its files' own tokens: of a Qwen2 AutoTokenizer adds <|endoftext|>, room in the embedding or not
         if not tokenizer.encode("1", add_special_tokens=False):              # what AutoTokenizer makes of a Qwen folder without tokenizer files
             raise ValueError("its tokenizer knows no words: tokenizer files are missing")
         return tokenizer
@@ -240,10 +242,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     if wrong := sorted(report["missing_keys"]) + sorted(f"{name} {tuple(have)} instead of {tuple(want)}" for name, have, want in report["mismatched_keys"]):
         raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows and not isinstance(tokenizer, TiktokenTokenizer):         # AutoTokenizer adds <|endoftext|> to any folder of a Qwen2: then what its files say
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    if len(tokenizer) > rows:
+    if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows}: they do not belong together")
     if broken := next((name for name, p in model.to(device).named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
