@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import lora
 from command import Parser, ending, read_record
@@ -197,6 +197,7 @@ def main() -> None:
         lora.save_merged(model, load_tokenizer(args.checkpoint), args.out, whole_state(model))
     else:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.checkpoint))
+        model.generation_config = GenerationConfig.from_pretrained(args.checkpoint)           # all ids that end a text; the config may know one only
         state = load_checkpoint(args.checkpoint, model)
         save_model(model, load_tokenizer(args.checkpoint), args.out)
     print(f"step {state['step']} of {args.checkpoint} is in {args.out}")

@@ -28,12 +28,13 @@ import torch
 from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from command import Parser, ending
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
+DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -220,14 +221,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
     check_folder(path)
     with one_line(path):
-        spec = Path(path) / "tiktoken.json"
+        spec, config = Path(path) / "tiktoken.json", Path(path) / "config.json"
         tokenizer = TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
+        if not spec.is_file() and config.is_file() and len(tokenizer) > json.loads(config.read_text(encoding="utf-8")).get("vocab_size", len(tokenizer)):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)        # its files' own tokens: of a Qwen2 AutoTokenizer adds <|endoftext|>, room in the embedding or not
         if not tokenizer.encode("1", add_special_tokens=False):              # what AutoTokenizer makes of a Qwen folder without tokenizer files
             raise ValueError("its tokenizer knows no words: tokenizer files are missing")
         return tokenizer
-
-
-DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
@@ -282,10 +282,8 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages)
+    text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
+            else ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages))
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 

@@ -55,7 +55,7 @@ def by_sampler(sampler: Sampler, k: int, temperature: float, top_p: float, max_n
 
 
 def by_vllm(path: str, tokenizer: Tokenizer, k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int, dtype: str) -> Draw:
-    """The same from vLLM, token ids in and out, a seed of its own for every sample. Not covered by the tests."""
+    """The same from vLLM, token ids in and out, a seed of its own for every sample. Tested against a stand-in only."""
     from vllm import LLM, SamplingParams
     stops, _ = stop_and_pad_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), tokenizer)    # vLLM adds those of generation_config.json
     engine = LLM(model=path, dtype=dtype, seed=seed)
@@ -133,15 +133,15 @@ def check(config: Config) -> None:
         raise ImportError("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
 
 
-def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]]) -> dict:
-    """Everything that the generations follow from; a file is only gone on with under the same. `revision`: the hub's, of a model that is no folder here."""
+def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
+    """Everything that the generations and their scores follow from; a file is only gone on with under the same. `revision`: the hub's, of a model that is no folder here."""
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     weights = hashlib.sha256()
     for file in sorted(Path(config.model).glob("*.safetensors")):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision, "weights_sha256": weights.hexdigest(),
-            "problems": len(problems), "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template),
+            "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems), "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template),
             "prompts_sha256": digest(prompts), "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "math-verify")
                                                                                                     + (("vllm",) if config.engine == "vllm" else ())}}
 
@@ -192,7 +192,7 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
     gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens, dtype=config.dtype) if config.gsrm else None
     truth = load_function(config.truth) if config.truth else None
     k = config.k if config.temperature else 1
-    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts), k) if out else []
+    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts, gsrm), k) if out else []
     there = {row["id"] for row in rows}
     todo = [i for i, p in enumerate(problems) if p.id not in there]
     print(f"{len(problems)} problems x {k} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens"
@@ -212,14 +212,17 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
 
 
 def rescore(file: str) -> None:
-    """Grades a file's generations again and replaces it at once; says how many verdicts changed, and how."""
+    """Grades a file's generations again and replaces it at once; says how many verdicts changed, and how, and what the figures are now."""
     rows = read_generations(file)
     if bare := next((n for n, row in enumerate(rows, 1) if not isinstance(row.get("gold"), str)), None):
         raise ValueError(f"{file}: generation {bare} has no gold answer to be graded against: give a file that eval.py wrote (--out)")
     word, verdicts = {True: "right", False: "wrong", None: "not graded"}, grade_all([row["text"] for row in rows], [row["gold"] for row in rows])
     changes = Counter(f"{word[row['correct']]} -> {word[verdict]}" for row, verdict in zip(rows, verdicts) if row["correct"] is not verdict)
-    replace(Path(file), lambda path: write_jsonl(path, [row | {"correct": verdict, "answer": final_answer(row["text"])} for row, verdict in zip(rows, verdicts)]))
+    rows = [row | {"correct": verdict, "answer": final_answer(row["text"])} for row, verdict in zip(rows, verdicts)]
+    replace(Path(file), lambda path: write_jsonl(path, rows))
     print(f"{changes.total()} of {len(rows)} verdicts changed" + (f": {', '.join(f'{n} {what}' for what, n in changes.items())}" if changes else ""))
+    kinds = {"sampled": [row for row in rows if row["temperature"]], "greedy": [row for row in rows if not row["temperature"]]}          # train.py's files hold both
+    print_table({name: summary(some) for name, some in kinds.items() if some}, errors=True)
 
 
 def commands(argv: list[str]) -> None:

@@ -92,7 +92,12 @@ def meet(what: str, seconds: float) -> None:
         raise RuntimeError(f"process {rank()}: not all came to meet after {what}: {str(error).splitlines()[0]} (has that process died, or does its reward model hang? "
                            f"--reward_timeout {seconds:.0f} is the patience)") from None
 
-# ------------------------------------------------------------------------------------------------ a sharded model
+# ------------------------------------------------------------------------------------------------ a model to be trained
+
+def recompute(model: PreTrainedModel) -> None:
+    """Activation checkpointing: in training mode each layer keeps its input only and is computed again in the backward pass."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})       # its name from 5.23 on, and before
+
 
 def units(model: torch.nn.Module) -> list[FSDPModule]:
     """The model's FSDP units, the root first; none where it is not sharded."""

@@ -211,7 +211,7 @@ def set_up(config: Config, out: Path) -> Run:
     reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
     teacher = load_teacher(config, tokenizer) if config.teacher else None
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        parallel.recompute(model)
     if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
         for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
             parallel.shard(net, config.dtype, config.offload)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -115,6 +117,8 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     for change, words in ((dict(k=4), "config k was 3, is 4"), (dict(temperature=0.0), "temperature"), (dict(seed=6), "seed"), (dict(model="toy/gsrm"), "weights_sha256"), (dict(instruction="How?"), "prompts_sha256")):
         with pytest.raises(ValueError, match=f"other settings.*{words}.*choose another --out"):
             evaluation.main(replace(config, **change))
+    with pytest.raises(ValueError, match="reward_model was None, is .*toy:read"):
+        evaluation.main(replace(config, gsrm="toy:read"))
     data.write_text("\n".join(reversed(lines)))
     with pytest.raises(ValueError, match="problems_sha256 was"):
         evaluation.main(config)
@@ -157,17 +161,48 @@ def test_vllm_missing_is_an_error_that_says_so(monkeypatch):
         evaluation.sample_rows(replace(CONFIG, engine="vllm"))
 
 
+def test_vllm_gets_token_ids_every_stop_and_a_seed_for_each_sample(tmp_path, monkeypatch):
+    """A stand-in with vLLM's interface, our own sampler inside: rows in the order that they are stored in, finish reasons as they are, the same file as from our engine otherwise."""
+    model, tok = load_model("toy/student")
+    asked, sampler = [], Sampler(model, *stop_and_pad_ids(model, tok))
+
+    class Engine:
+        def __init__(self, model, dtype, seed):
+            assert (model, dtype, seed) == ("toy/student", "auto", 5)
+
+        def generate(self, prompts, params):
+            rollouts = [sampler.generate([prompt["prompt_token_ids"]], 1, p.max_tokens, p.temperature, p.top_p, p.seed) for prompt, p in zip(prompts, params, strict=True)]
+            asked.extend(params)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(r.completion(0)), finish_reason="stop" if r.finished[0] else "length")]) for r in rollouts]
+    stand_in = ModuleType("vllm")
+    stand_in.__spec__, stand_in.LLM, stand_in.SamplingParams = ModuleSpec("vllm", None), Engine, lambda **settings: SimpleNamespace(**settings)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(evaluation, "version", lambda name: "0")
+    evaluation.main(replace(CONFIG, engine="vllm", max_new_tokens=70, out=str(tmp_path / "rows.jsonl")))
+    rows, problems = [r for _, r in read_jsonl(tmp_path / "rows.jsonl")], load_problems("toy", "test")
+    assert [(r["id"], r["index"], r["sample"]) for r in rows] == [(problems[i].id, i, g) for i in range(5) for g in range(3)] and {r["stop"] for r in rows} == {"stop", "length"}
+    assert len({p.seed for p in asked}) == len(asked) == 15 and all((p.top_p, p.temperature, p.max_tokens, p.stop_token_ids) == (0.9, 1.0, 70, sorted(stop_and_pad_ids(model, tok)[0])) for p in asked)
+    for row, p in zip(rows, asked):
+        again = sampler.generate([problem_ids(tok, problems[row["index"]])], 1, 70, 1.0, 0.9, p.seed)
+        assert row["tokens"] == again.completion(0) and row["stop"] == ("stop" if again.finished[0] else "length") and row["length"] == len(row["tokens"])
+    asked.clear()
+    evaluation.main(replace(CONFIG, engine="vllm", max_new_tokens=70, out=str(tmp_path / "rows.jsonl")))
+    assert not asked                                                        # all there
+
+
 def test_rescore_grades_again_and_says_what_changed(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    rows = [{"id": str(n), "sample": 0, "temperature": 1.0, "correct": old, "answer": "?", "gold": "\\frac{1}{2}", "structure": None, "true_structure": None, "length": 3, "stop": "stop",
+    rows = [{"id": str(n), "sample": 0, "temperature": float(n < 3), "correct": old, "answer": "?", "gold": "\\frac{1}{2}", "structure": None, "true_structure": None, "length": 3, "stop": "stop",
              "text": f"so</think>\\boxed{{{answer}}}"} for n, (answer, old) in enumerate((("1/2", False), ("2/4", None), ("3", True), ("0.5", True)))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     evaluation.commands(["rescore", str(file)])
-    assert capsys.readouterr().out.strip() == "3 of 4 verdicts changed: 1 wrong -> right, 1 not graded -> right, 1 right -> wrong"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "3 of 4 verdicts changed: 1 wrong -> right, 1 not graded -> right, 1 right -> wrong"
+    assert said[1].split() == ["sampled", "greedy"] and said[2].split() == "mean@1 0.667 +- 0.333 [0.000, 1.000] 1.000 +- inf [0.000, 1.000]".split()            # right, right, wrong; right
     now = [r for _, r in read_jsonl(file)]
     assert [(r["correct"], r["answer"]) for r in now] == [(True, "1/2"), (True, "2/4"), (False, "3"), (True, "0.5")] and [r["text"] for r in now] == [r["text"] for r in rows]
     evaluation.commands(["rescore", str(file)])
-    assert capsys.readouterr().out.strip() == "0 of 4 verdicts changed" and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert capsys.readouterr().out.splitlines()[0] == "0 of 4 verdicts changed" and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
     file.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "gold"}) + "\n")
     with pytest.raises(ValueError, match="generation 1 has no gold answer"):
         evaluation.commands(["rescore", str(file)])

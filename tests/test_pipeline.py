@@ -1,4 +1,5 @@
 """Real formats end to end: one training step of each Hugging Face family, and the README's commands in a row on GSM8K. `python -m pytest tests/test_pipeline.py [-m slow]`"""
+import json
 import math
 import re
 import subprocess
@@ -12,8 +13,11 @@ import torch
 from tiny import CONFIGS, checkpoint, serving, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eval as evaluation
+import sft
 import train
-from data import chat_ids, load_problems, load_tokenizer, opening, read_jsonl, whole_turns, write_jsonl
+from checkpoint import main as checkpoint_main
+from data import chat_ids, load_model, load_problems, load_tokenizer, opening, read_jsonl, stop_and_pad_ids, whole_turns, write_jsonl
 from endpoint import annotation_prompt
 from gsrm import Step, decompose_prompt, format_steps
 from toy import make_problems
@@ -52,6 +56,66 @@ def test_one_step_of_each_family_with_its_own_tokenizer(kind: str, template: str
     assert whole_turns(same, [same.encode(words, add_special_tokens=False) + [same.eos_token_id, size - 1]]) == [opening(same) + words]      # ids without a token say nothing
     with torch.no_grad():
         assert after(input_ids=torch.tensor([ids])).logits.shape == (1, len(ids), size)
+
+# ------------------------------------------------------------------------------------------------ odd checkpoints
+
+
+def edit(file: Path, **changes: object) -> None:
+    """Other fields in a JSON file; None takes one out."""
+    file.write_text(json.dumps({name: value for name, value in (json.loads(file.read_text()) | changes).items() if value is not None}))
+
+
+ODD = {"no pad token": ("llama", "r1", {"tokenizer_config.json": {"pad_token": None}, "config.json": {"pad_token_id": None}}),
+       "stop ids that only generation_config knows": ("llama", "r1", {"generation_config.json": {"eos_token_id": [1, 40]}}),
+       "no chat template": ("llama", "r1", {}),
+       "no room to spare": ("qwen2", "r1", {}),                      # transformers loads it with a token more than its files have: <|endoftext|>
+       "a sliding window that is switched off": ("qwen2", "chatml", {"config.json": {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 0, "layer_types": None}}),
+       "sampling settings that contradict each other": ("qwen3", "chatml", {"generation_config.json": {"temperature": 0.6, "top_p": 0.9, "do_sample": False}})}
+
+
+@pytest.mark.parametrize("oddity", ODD)
+def test_an_odd_checkpoint_is_trained_exported_and_evaluated(oddity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sft's loss is transformers' own over the target tokens; what either trainer saves has the start's stop ids, template and tokens, and is sampled from."""
+    (kind, template, changes), problems = ODD[oddity], make_problems(5, 3, 5, (2, 4))
+    write_jsonl(data := tmp_path / "train.jsonl", [asdict(p) for p in problems])
+    tok = tokenizer(template, [text for p in problems for text in (p.problem, *p.teachers)], 400)
+    start = checkpoint(tmp_path / "start", kind, tok, spare=0 if oddity == "no room to spare" else 37)
+    for name, fields in changes.items():
+        edit(start / name, **fields)
+    if oddity == "no chat template":
+        (start / "chat_template.jinja").unlink()
+    model, tok = load_model(start)
+    stops, ids = stop_and_pad_ids(model, tok), chat_ids(tok, "2 <|endoftext|> 3?")
+    assert max(ids) < len(model.get_input_embeddings().weight) and (oddity != "no chat template" or tok.decode(ids).endswith("?\n\nAssistant: <think>\n"))
+    assert ids.count(tok.bos_token_id) == (ids[0] == tok.bos_token_id) == (template == "r1") and stops[0] >= ({1, 40} if "stop ids" in oddity else {tok.eos_token_id})
+
+    sft.main(sft.parse_config(["--model", str(start), "--data", str(data), "--out", str(tmp_path / "sft"), "--batch_size", "6", "--max_tokens", "300", "--device", "cpu"]))
+    pairs, loss = sft.load_pairs(sft.Config(data=str(data)), tok), 0.0
+    with torch.no_grad():
+        for prompt, target in pairs:
+            loss += float(model(input_ids=torch.tensor([prompt + target]), labels=torch.tensor([[-100] * len(prompt) + target])).loss) * len(target)
+    assert json.loads((tmp_path / "sft" / "sft.json").read_text())["epochs"][0]["loss"] == pytest.approx(loss / sum(len(t) for _, t in pairs), abs=1e-5) and len(pairs) == 6
+
+    train.main(train.parse_config(["--preset", "none", "--model", str(start), "--data", str(data), "--gsrm", "tiny:read", "--out", str(tmp_path / "rl"), "--steps", "1", "--device", "cpu",
+                                   "--problems_per_step", "2", "--group_size", "2", "--max_new_tokens", "8"]))
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "rl" / "checkpoints" / "step_000001"), "--out", str(tmp_path / "export")])
+    checkpoint_main()
+    for folder in (tmp_path / "sft", tmp_path / "rl" / "model", tmp_path / "export"):
+        after, same = load_model(folder)
+        assert stop_and_pad_ids(after, same) == stops and chat_ids(same, "2 <|endoftext|> 3?") == ids and same.get_vocab() == tok.get_vocab() and same.chat_template == tok.chat_template
+    rows, _, _ = evaluation.sample_rows(evaluation.Config(str(tmp_path / "export"), str(data), k=2, temperature=1.0, top_p=1.0, max_new_tokens=20, device="cpu"))
+    assert len(rows) == 6 and all((row["tokens"][-1] in stops[0]) == (row["stop"] == "stop") and not stops[0] & set(row["tokens"][:-1]) for row in rows)
+
+
+def test_a_sliding_window_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tok = tokenizer("chatml", ["1 2 3"])
+    edit(checkpoint(tmp_path / "start", "qwen2", tok) / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=None)
+    write_jsonl(data := tmp_path / "train.jsonl", [asdict(p) for p in make_problems(5, 3, 5, (2, 4))])
+    for run in (lambda: train.main(train.parse_config(["--preset", "none", "--model", str(tmp_path / "start"), "--data", str(data), "--gsrm", "tiny:read", "--out", str(tmp_path / "rl"), "--device", "cpu"])),
+                lambda: evaluation.main(evaluation.Config(str(tmp_path / "start"), str(data), max_new_tokens=8, device="cpu", out=str(tmp_path / "rows.jsonl")))):
+        with pytest.raises(ValueError, match="full attention only .Qwen2: use_sliding_window=False"):
+            run()
+    assert not (tmp_path / "rows.jsonl").exists() and not list((tmp_path / "rl").glob("*.json*"))
 
 # ------------------------------------------------------------------------------------------------ from nothing to a trained student
 
