@@ -27,7 +27,7 @@ Wave = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens (N,) drawn from softmax(logits / temperature) (N, V), cut to its top_p nucleus, by the uniform numbers u (N,); their log-probs under
     just that distribution; its entropy before the cut. temperature 0 takes the likeliest token, with log-prob and entropy at temperature 1."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)                                     # (N, V)
+    logp = torch.log_softmax(logits.float() if temperature in (0, 1) else logits.float() / temperature, -1)                # (N, V)
     p = logp.exp()
     entropy = -(p * logp.clamp_min(-1e4)).sum(-1)
     if temperature == 0:
@@ -38,7 +38,7 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
         outside = ordered.values.exp().cumsum(-1) - ordered.values.exp() >= top_p                           # the token that crosses top_p stays in
         logp = torch.log_softmax(logp.masked_fill(outside.scatter(-1, ordered.indices, outside), -torch.inf), -1)
         p = logp.exp()
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1, dtype=torch.float64 if p.is_cuda else None)                                          # a GPU's scan would not rise everywhere in float32; a CPU's does
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)   # right: a token of probability 0 is never hit
     return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
@@ -170,7 +170,7 @@ class StaticDecoder:
         self.logp, self.entropy, self.u = torch.zeros(3, N, max_new, device=device).unbind()
         self.room: list[tuple[torch.Tensor, torch.Tensor]] = []                                             # per layer keys and values (N, heads, capacity, head_dim)
         self.graphs: dict[tuple[int, int], Callable[[], None]] = {}
-        self.use_graphs, self.pool = device.type == "cuda", None
+        self.use_graphs, self.side, self.pool = device.type == "cuda", None, None                          # whether; the stream and the memory to capture them with
 
     def fill(self, rows: list) -> None:
         """Prompts into the room, their first tokens drawn. The room is zeros at first: what attention does not read may be anything but NaN."""
@@ -203,13 +203,12 @@ class StaticDecoder:
 
     def capture(self, r: int, l: int) -> Callable[[], None]:
         """The step as a graph; a call replays it. The only lines that need a GPU."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                                                                       # warm-up: libraries set themselves up outside the graph
+        self.side, self.pool, graph = self.side or torch.cuda.Stream(self.t.device), self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self.side.wait_stream(torch.cuda.current_stream(self.t.device))
+        with torch.cuda.stream(self.side):                                                                  # warm-up: libraries set themselves up outside the graph
             self.step(r, l)
-        torch.cuda.current_stream().wait_stream(side)
-        self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        torch.cuda.current_stream(self.t.device).wait_stream(self.side)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):  # NCCL's watchdog and other threads may call CUDA meanwhile
             self.step(r, l)
         return graph.replay
 
@@ -219,23 +218,25 @@ class StaticDecoder:
             return self.step(r, l)
         if (r, l) in self.graphs:
             return self.graphs[r, l]()
-        state = self.token, self.position, self.t, self.slot
-        before, column = [x.clone() for x in state], self.t.clone()
+        state, column = (self.token, self.position, self.t, self.slot), self.t.clone()
+        before, outcome = [x.clone() for x in state], lambda: [x[:r].index_select(1, column) for x in (self.tokens, self.logp, self.entropy)]
 
         def rewind() -> None:
             for x, old in zip(state, before):
                 x.copy_(old)
         self.step(r, l)
-        want = self.entropy[:r].index_select(1, column)
+        want = outcome()
         try:
             rewind()
             graph = self.capture(r, l)
             rewind()
-            self.entropy[:r].index_fill_(1, column, -1.0)
+            for x in (self.tokens, self.logp, self.entropy):
+                x[:r].index_fill_(1, column, -1)
             graph()
-            off = (self.entropy[:r].index_select(1, column) - want).abs().max().item()
-            if not off < 0.05 or not torch.equal(self.t, column + 1):
-                raise RuntimeError(f"a replayed step is {off:.3g} nats of entropy off")
+            token, logp, entropy = outcome()
+            off = torch.maximum((entropy - want[2]).abs(), (logp - want[1]).abs() * (token == want[0])).max().item()                # a draw at a border may fall either way
+            if not off < 0.05 or not torch.equal(self.t, column + 1) or bool((token < 0).any()):
+                raise RuntimeError(f"a replayed step is {off:.3g} nats off")
             self.graphs[r, l] = graph
         except RuntimeError as error:
             warnings.warn(f"sampling goes on without CUDA graphs: {error}", stacklevel=2)
@@ -279,3 +280,23 @@ class StaticDecoder:
         T = int(lengths.max())
         behind = torch.arange(T, device=device) >= lengths[:, None]                                         # what rows went on to decode, unasked
         return *(x[:, :T].masked_fill(behind, fill) for x, fill in zip(kept, (self.pad_id, 0.0, 0.0))), lengths, finished
+
+
+def difference(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float, float], stop_ids: torch.Tensor, pad_id: int) -> str:
+    """What sets StaticDecoder's completions apart from the plain loop's, in words, on a few of the rows and tokens; "" where nothing does. Rounding may let a draw fall
+    on the other side of a border, so rows are compared up to their first difference, and half of the tokens must come before one."""
+    few, room = rows[:: -(-len(rows) // 8)], min(max_new, 24)
+    few, setting = [(number, prompt, u[:room]) for number, prompt, u in few], (room, draws, stop_ids, pad_id)
+    plain = decode(model, few, *setting, ended=lambda row, ids: None)
+    try:
+        static = StaticDecoder(model, len(few), max(len(prompt) for _, prompt, _ in few) + room, *setting).decode(few, ended=lambda row, ids: None)
+    except RuntimeError as error:
+        return f"it fails: {error}"
+    T = min(plain[0].shape[1], static[0].shape[1])
+    (a, logp_a, entropy_a), (b, logp_b, entropy_b) = ([x[:, :T] for x in wave[:3]] for wave in (plain, static))
+    places = torch.arange(T, device=a.device)
+    alike = ((a == b) & (places < plain[3][:, None]) & (places < static[3][:, None])).cumprod(1).bool()     # (n, T), before a row's first difference
+    off = torch.stack((logp_a - logp_b, entropy_a - entropy_b)).abs()[:, alike].mean().item() if alike.any() else 0.0        # nats
+    if alike.sum() < 0.5 * plain[3].sum():
+        return f"{int(plain[3].sum() - alike.sum())} of {int(plain[3].sum())} tokens are others"
+    return "" if off < (1e-3 if model.dtype == torch.float32 else 0.05) else f"log-probs and entropies are {off:.3g} nats off"
