@@ -62,6 +62,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :need, :] for room in self.room)
         return self.keys, self.values
 
+    def append(self, others: list["RoomyLayer"]) -> None:
+        """The others' rows, of as many tokens, behind its own; the others are empty then."""
+        if others:
+            self.room = tuple(torch.cat(rooms) for rooms in zip(*(layer.room for layer in (self, *others))))
+            self.keys, self.values = (room[..., : self.keys.shape[-2], :] for room in self.room)
+            for layer in others:
+                layer.room = layer.keys = layer.values = None
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.room = tuple(room[indices] for room in self.room) if self.room else None
         if self.room:
@@ -70,19 +78,25 @@ class RoomyLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
-def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int, max_tokens: int = 32768) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of rows (prompt number, prompt, uniform numbers): KV cache of the left-padded prompts, each prompt once (P rows), and which of them a row has (N,); of the
-    rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,)."""
+    rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,). Forwards of at most
+    max_tokens padded tokens (or one prompt), whose activations would be larger than the cache."""
     by_number, device = {number: prompt for number, prompt, _ in rows}, model.device
     place, prompts = {number: k for k, number in enumerate(by_number)}, list(by_number.values())
     of_row, width = torch.tensor([place[number] for number, *_ in rows], device=device), max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() for _ in cache.layers]
-    out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    caches, logits = [], []
+    for part in torch.arange(len(prompts)).split(max(1, max_tokens // width)):
+        caches.append(DynamicCache(config=model.config))
+        caches[-1].layers = [RoomyLayer() for _ in caches[-1].layers]
+        logits.append(model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), past_key_values=caches[-1], use_cache=True,
+                            logits_to_keep=1).logits[:, -1])
+    for first, *others in zip(*(cache.layers for cache in caches)):
+        first.append(others)
     readable = torch.cat((real.bool(), real.new_ones(len(prompts), room, dtype=torch.bool)), 1)
-    return cache, of_row, out.logits[:, -1][of_row], readable[of_row], real.sum(-1)[of_row]
+    return caches[0], of_row, torch.cat(logits)[of_row], readable[of_row], real.sum(-1)[of_row]
 
 
 def uniform(rows: list, device: torch.device) -> torch.Tensor:
@@ -97,8 +111,8 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
     lengths, finished = torch.full((n,), max_new, device=device), torch.zeros(n, dtype=torch.bool, device=device)
     cache, of_row, logits, mask, position = prefill(model, rows, max_new, pad_id)
     cache.batch_select_indices(of_row)
-    if model.config._attn_implementation == "sdpa":                     # a ready mask saves making one at every token; eager attention would add its booleans up
-        mask = mask[:, None, None]
+    if model.config._attn_implementation in ("sdpa", "eager"):          # a ready mask, to be added, saves making one in every layer at every token
+        mask = torch.where(mask, 0.0, -torch.inf).to(model.dtype)[:, None, None]
     u, live = uniform(rows, device), torch.arange(n, device=device)                                         # row numbers still in the batch
     running, going, start, T = torch.ones_like(finished), live, mask.shape[-1] - max_new, max_new           # a finished row may wait in the batch for company
     for t in range(max_new):

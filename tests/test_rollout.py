@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+import decode as D
 from data import TiktokenTokenizer, chat_ids
 from decode import draw
 from logprob import linear_logprob
@@ -450,6 +451,20 @@ def test_finished_rows_leave_the_batch() -> None:
     assert sizes[0] == len(PROMPTS)                                  # one prefill per prompt, shared by its group
     going = [sum(length > t or not f for f, length in zip(rollout.finished.tolist(), rollout.lengths.tolist())) for t in range(1, longest)]
     assert len(sizes) == longest and all(need <= size <= need / 0.8 for need, size in zip(going, sizes[1:])) and sizes[-1] < 16
+
+
+@pytest.mark.parametrize("max_tokens", [1, 16, 24])
+@pytest.mark.parametrize("static", [False, True])
+def test_prompts_are_read_in_pieces_of_bounded_size(max_tokens: int, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts, padded to 8 tokens: one by one, two by two, three and one; the samples stay."""
+    net, sizes = model(), []
+    want = Sampler(net, STOPS, PAD, static=static).generate(PROMPTS, 3, 12, 1.0, seed=3)
+    monkeypatch.setattr(D, "prefill", partial(D.prefill, max_tokens=max_tokens))
+    hook = net.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    got = Sampler(net, STOPS, PAD, static=static).generate(PROMPTS, 3, 12, 1.0, seed=3)
+    hook.remove()
+    assert [shape for shape in sizes if shape[1] > 1] == {1: [(1, 8)] * 4, 16: [(2, 8)] * 2, 24: [(3, 8), (1, 8)]}[max_tokens]
+    assert equal(want, got, 1e-5)
 
 
 def test_micro_batches_cover_each_row_once_within_the_bound() -> None:
