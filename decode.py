@@ -38,7 +38,7 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
         outside = ordered.values.exp().cumsum(-1) - ordered.values.exp() >= top_p                           # the token that crosses top_p stays in
         logp = torch.log_softmax(logp.masked_fill(outside.scatter(-1, ordered.indices, outside), -torch.inf), -1)
         p = logp.exp()
-    cdf = p.cumsum(-1, dtype=torch.float64 if p.is_cuda else None)                                          # a GPU's scan would not rise everywhere in float32; a CPU's does
+    cdf = p.double().cumsum_(-1) if p.is_cuda else p.cumsum(-1)                                             # in float32 a GPU's scan would not rise everywhere; a CPU's does
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)   # right: a token of probability 0 is never hit
     return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
