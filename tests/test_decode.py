@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 import decode as D
+import parallel
 import rollout as R
 from decode import StaticDecoder, row_bucket, rows_that_fit
+from logprob import linear_logprob
 from rollout import Rollout, Sampler
 
 EOS = PAD = 2
@@ -379,10 +381,61 @@ def test_a_static_loop_that_differs_is_not_used(wrong: Callable, words: str, mon
         sampler.generate(PROMPTS, 3, 14, 1.0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# ------------------------------------------------------------------------------------------------ a sharded model, and a real GPU
+
+
+def sample_from_shards(device: str) -> None:
+    """Masters in float32, sampling in bfloat16: three steps, the weights changed between them; no warning; log-probs are the trainer's."""
+    net = AutoModelForCausalLM.from_config(model().config).to(device).eval()
+    net.load_state_dict(model().state_dict())
+    sampler = Sampler(net, STOPS, PAD, static=True)
+    parallel.shard(net, "bfloat16")
+    try:
+        for seed in range(3):
+            with warnings.catch_warnings(), parallel.gathered(net) as sampler.model:
+                warnings.simplefilter("error")
+                rollout = sampler.generate(PROMPTS, 8, 60, 1.0, seed=seed)
+                assert sampler.static and len(set(rollout.lengths.tolist())) > 5
+                with torch.no_grad():
+                    hidden, targets = R.predictors(sampler.model, [PROMPTS[n // 8] for n in range(32)], [rollout.completion(n) for n in range(32)])
+                    logp = linear_logprob(hidden.float(), sampler.model.lm_head.weight.float(), targets)[0]
+            assert (logp - rollout.logp[rollout.mask]).abs().mean() < 0.05
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(1.1)
+    finally:
+        parallel.finish()
+
+
+def test_graphs_of_a_sharded_model(tapes: list[Tape]) -> None:
+    sample_from_shards("cpu")
+    assert len(tapes) >= 9
+
+
+def on_a_gpu(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+@on_a_gpu
+def test_graphs_of_a_sharded_model_on_a_gpu() -> None:
+    sample_from_shards("cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_on_a_gpu_are_those_of_a_cpu(top_p: float) -> None:
+    """A real vocabulary, most of it next to impossible: a scan in float32 would hit such tokens, even those outside the nucleus."""
+    g = torch.Generator().manual_seed(0)
+    logits, u = 4 * torch.randn(512, 151936, generator=g), torch.rand(512, generator=g)
+    (token, logp, entropy), (want, logp_want, entropy_want) = (D.draw(logits.to(device), u.to(device), 1.0, top_p) for device in ("cuda", "cpu"))
+    same = token.cpu() == want
+    assert same.float().mean() > 0.98 and logp.isfinite().all()
+    assert (logp.cpu() - logp_want)[same].abs().max() < 1e-3 and (entropy.cpu() - entropy_want).abs().max() < 1e-3
+
+
+@on_a_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_on_a_gpu(kind: str) -> None:
+def test_graphs_on_a_gpu(kind: str, decoders: list[StaticDecoder]) -> None:
     """Real graphs against the plain loop on the same device, float32."""
     net = AutoModelForCausalLM.from_config(model(kind).config).to("cuda").eval()
     net.load_state_dict(model(kind).state_dict())
@@ -391,3 +444,4 @@ def test_graphs_on_a_gpu(kind: str) -> None:
         plain, static = both(net, 16, 90, seed=2)
         check_equal(plain, static, 1e-3)
         check_equal(*both(net, 16, 30, 1.0, 0.8, max_rows=24), 1e-3)
+    assert all(decoder.use_graphs and decoder.graphs for decoder in decoders)
