@@ -215,7 +215,6 @@ def set_up(config: Config, out: Path) -> Run:
     if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
         for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
             parallel.shard(net, config.dtype, config.offload)
-        sampler.static = False                            # graphs want weights that stay where they are
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     gsrm = evaluation.OwnReward(config.structure_reward) if config.structure_reward else evaluation.load_gsrm(
         config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb,
@@ -230,7 +229,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     chosen = [run.problems[i] for i in cursor(len(run.problems), config.problems_per_step, config.seed, step)]
     asked = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
     rows = [i for i in mine for _ in range(config.group_size)]
-    with parallel.gathered(model):
+    with parallel.gathered(model) as run.sampler.model:
         rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
@@ -262,8 +261,8 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
 
 def measure(run: Run, held_out: list[Problem], path: Path) -> str:
     """Evaluates the student on the first process, the others wait; -> the means in words."""
-    with parallel.gathered(run.model):
-        return evaluation.before_after(run.model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
+    with parallel.gathered(run.model) as model:
+        return evaluation.before_after(model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
 
 
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
