@@ -144,6 +144,20 @@ def painted(paragraphs: list[list[tuple[str, object]]], width: int = 118, size: 
     return figure
 
 
+def rollout_picture(row: dict, path: Path) -> None:
+    """One stored completion with the ground behind each step coloured by what it earned: behind the trace's own lines where there are as many as steps, else behind the steps
+    that GSRM read. ValueError where its steps were not scored."""
+    if not row["steps"] or (row.get("rewards") or row).get("structure") is None:
+        raise ValueError(f"problem {row['id']}, sample {row['sample']}: no scored steps to draw; choose another sample, or evaluate with --gsrm")
+    trace, _, final = row["text"].partition("</think>")
+    lines = [line for line in trace.replace("<think>", "").strip().splitlines() if line.strip()]
+    said = lines if len(lines) == len(row["steps"]) else [f"{meta}: {query}? {answer}" for meta, query, answer, _ in row["steps"]]
+    color = lambda earned: tint(GREEN if earned == 1 else YELLOW if earned else RED, 0.45)
+    steps = [[(line, color(earned)), ("   left the teacher's branch here", None) if i == row["left_at"] else ("", None)] for i, (line, (*_, earned)) in enumerate(zip(said, row["steps"]))]
+    legend = [("follows the teacher", color(1)), ("  ", None), ("half right", color(0.5)), ("  ", None), ("off the branch", color(0)), (f"   structure reward {(row.get('rewards') or row)['structure']:.2f}", None)]
+    painted([[(row.get("problem", ""), None)], [("", None)], *steps, [(final.strip(), None)], [("", None)], legend]).savefig(path, dpi=130)
+
+
 def tree(traces: list[list[str]], root: str, notes: dict[tuple[str, ...], str] | None = None, shades: dict[tuple[str, ...], float] | None = None):
     """Figure of the tree whose paths are the traces, each a list of step labels: equal beginnings are one branch. A node is named by the labels that lead to it, () is the
     root; `notes` go under nodes, `shades` from 0 to 1 onto them."""

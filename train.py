@@ -40,7 +40,7 @@ from gsrm import GSRM
 from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head
-from update import reference_logp, update
+from update import load_teacher, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
@@ -190,15 +190,6 @@ class Run:
     teacher: PreTrainedModel | None = None
 
 
-def load_teacher(config: Config, tokenizer: Tokenizer) -> PreTrainedModel:
-    """The frozen teacher model of on-policy distillation; ValueError where its tokens are not the student's."""
-    teacher, other = load_model(config.teacher, config.device, config.dtype)
-    if len(other) != len(tokenizer) or any(other.decode([i]) != tokenizer.decode([i]) for i in range(len(tokenizer))):
-        raise ValueError(f"--teacher {config.teacher}: its tokenizer is not the student's, so their probabilities cannot be compared; choose a model of the same family, or use its traces")
-    check_head(teacher)
-    return teacher.requires_grad_(False)
-
-
 def set_up(config: Config, out: Path) -> Run:
     """Models, sampler, reward model and optimiser at the start of a run."""
     torch.manual_seed(config.seed)
@@ -209,7 +200,7 @@ def set_up(config: Config, out: Path) -> Run:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
     sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device
     reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
-    teacher = load_teacher(config, tokenizer) if config.teacher else None
+    teacher = load_teacher(config.teacher, tokenizer, config.device, config.dtype) if config.teacher else None
     if config.gradient_checkpointing:
         parallel.recompute(model)
     if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:

@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ SMALL = "--steps 2 --save_every 1 --eval_problems 2 --eval_k 2 --problems_per_st
 MADE_SMALL = {   # command, up to where it is told apart -> what is put behind it, or "old -> new"
     "python train.py --w_structure 0": SMALL, "python train.py --resume auto": SMALL, "python train.py --help": "", "python train.py --teacher": SMALL, "python train.py --structure_reward": SMALL,
     "python sft.py --model toy/student": "--limit 8 --epochs 1", "python eval.py --model out/toy/model": "--limit 2 --k 2", "python eval.py rescore": "FILE.jsonl -> out/toy/eval_after.jsonl",
-    "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
+    "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1", "python eval.py show out/toy/eval_after": "--problem 11-78-2-18 --sample 3 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
     "python checkpoint.py": "step_000200 -> step_000002", "torchrun --nproc_per_node 2": "--steps 5 -> " + SMALL,
     "python study.py report": "", "python train.py": SMALL,
 }
@@ -40,6 +41,8 @@ def folder(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.name not in ("out", "README.md", "docs") and not path.name.startswith("."):
             (place / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", place / "docs")
+    shutil.copy(ROOT / "README.md", place)
     (place / "out").mkdir()
     return place
 
