@@ -43,6 +43,8 @@ class Settings(Protocol):
     model: str
     data: str
     gsrm: str
+    structure_reward: str
+    teacher: str
     instruction: str | None
     steps: int
     problems_per_step: int
@@ -178,8 +180,8 @@ class Plan:
         return max(self.peaks.values())
 
 
-def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, prompt: int) -> Plan:
-    """The plan of one of `world` processes. readers: the reward models that run in it (decomposer, then perhaps a judge)."""
+def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, prompt: int, teacher: Shape | None = None) -> Plan:
+    """The plan of one of `world` processes. readers: the reward models that run in it (decomposer, then perhaps a judge); teacher: the model of --teacher."""
     b, lora = getattr(torch, config.dtype).itemsize, config.lora_rank > 0
     sharded = world > 1 or config.offload or config.dtype != "float32" and not lora
     prompts = math.ceil(config.problems_per_step / world)
@@ -189,9 +191,9 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     trained, rest, two = s.adapters if lora else s.params, b * s.rest * sharded, 2 * b * s.layer * sharded
     weights, moments, gradients = ((b * s.params if lora else 0) + 4 * trained) / world, 8 * trained / world, 4 * trained / world
     reference = b * s.params / world if config.beta and not lora else 0
-    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference}
+    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference, "teacher": b * teacher.params / world if teacher else 0}
     always = {name: 0 if config.offload else size for name, size in at_rest.items()}
-    always |= {"reference's embedding and head": rest * bool(reference), "reward model": b * sum(reader.params for reader in readers)}
+    always |= {"reference's embedding and head": rest * bool(reference), "teacher's embedding and head": b * teacher.rest * sharded if teacher else 0, "reward model": b * sum(reader.params for reader in readers)}
     head = config.level == "token"                                            # logprob.py's mode B, else mode A
     wide = min(micro, CHUNK) * s.V * b if head else min(1 << 28, micro * s.V) * b
     head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
@@ -203,9 +205,12 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "scoring": {}, "reference": {"gathered layers": two + (rest if lora else 0), "activations": micro * b * (4 * s.D + 3 * s.I), "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
                          "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
+    if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
+        memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
              "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
+    times["update"] += 2 * teacher.params * tokens * config.updates_per_batch / FLOPS if teacher else 0.0
     reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
@@ -241,8 +246,9 @@ def gigabytes(things: dict[str, float]) -> str:
 
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
-    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt)
-    student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm)
+    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
+    student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm and not config.structure_reward)
+    teacher = shape(read_config(config.teacher)) if config.teacher else None
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
@@ -250,7 +256,9 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
     print(textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n")
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
-    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or config.structure_reward or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    if teacher:
+        print(f"teacher        {config.teacher}: {teacher.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.problems_per_step} problems x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {r.rows} in each of {world} process(es); at most "
           f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {config.problems_per_step * config.group_size * r.longest:,} a step")
     print(f"sampling       {r.together} rows at a time, {math.ceil(r.rows / r.together)} wave(s)" + (f"; the reward model {plan.reader.together} at a time, {math.ceil(plan.reader.rows / plan.reader.together)} wave(s)" if plan.reader else ""))

@@ -304,7 +304,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return plan.show(config, evaluation.checkpoints_of(config.gsrm, config.judge), world()) if rank() == 0 else None
+        return plan.show(config, evaluation.checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
     start, passed = start_folder(out, asdict(config), config.resume)
     for why in passed:

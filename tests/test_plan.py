@@ -123,6 +123,17 @@ def test_bytes_of_qwen_by_hand():
     assert p.peak == max(p.peaks.values()) == pytest.approx(sum(always.values()) + max(sum(p.memory[k].values()) for k in ("sampling", "update", "reference")))
 
 
+def test_a_teacher_model_is_counted(capsys):
+    cfg, s, t = train.parse_config(FULL), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-1.5B")), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-7B"))
+    without, with_teacher = plan.estimate(cfg, s, [], 1, 1024), plan.estimate(cfg, s, [], 1, 1024, t)
+    assert with_teacher.memory["always"]["teacher"] == 2 * t.params and without.memory["always"]["teacher"] == 0 and plan.estimate(cfg, s, [], 4, 1024, t).memory["always"]["teacher"] == t.params / 2
+    assert with_teacher.seconds["update"] - without.seconds["update"] == pytest.approx(2 * t.params * 512 * 4096 / plan.FLOPS)
+    assert sum(with_teacher.memory["update"].values()) - sum(without.memory["update"].values()) == 16384 * 2 * (5 * 3584 + 3 * 18944) + 4 * t.layer
+    train.main(train.parse_config([*FULL, "--teacher", "Qwen/Qwen2.5-Math-7B", "--structure_reward", "reward:line_similarity"]))
+    said = capsys.readouterr().out
+    assert "teacher        Qwen/Qwen2.5-Math-7B: 7,615.62M parameters" in said and "reward model   reward:line_similarity\n" in said
+
+
 def test_what_is_shared_out_is_shared_out():
     cfg, s = train.parse_config(["--preset", "paper", "--dry_run"]), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-7B"))
     one, four = (plan.estimate(cfg, s, [s], w, 1024) for w in (1, 4))
