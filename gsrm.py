@@ -303,7 +303,7 @@ class GSRM:
         keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
         new = [pt for pt in flat if keys[pt] not in self.cache]
         self.stats["cache_hits"] += len(flat) - len(new)
-        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps})
+        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps is not None})
         return [[parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
 
     def remember(self, known: dict, name: str, fresh: dict) -> None:
