@@ -96,9 +96,11 @@ def meet(what: str, seconds: float) -> None:
 
 # ------------------------------------------------------------------------------------------------ a model to be trained
 
-def recompute(model: PreTrainedModel) -> None:
+def recompute(model: PreTrainedModel, on: bool = True) -> None:
     """Activation checkpointing: in training mode each layer keeps its input only and is computed again in the backward pass."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})       # its name from 5.23 on, and before
+    new = hasattr(model, "activation_checkpointing_enable")                   # its name from transformers 5.23 on
+    switch = getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_{'enable' if on else 'disable'}")
+    switch({"use_reentrant": False}) if on else switch()
 
 
 def units(model: torch.nn.Module) -> list[FSDPModule]:

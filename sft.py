@@ -4,24 +4,24 @@
 
     python sft.py --model toy/student --data toy --epochs 3 --out out/sft            # the SFT baseline: imitate the teacher's traces token by token
     python sft.py --preset paper-gsrm --data pairs.jsonl --out out/gsrm              # GSRM's decomposer, from what `python gsrm.py annotate` wrote; a judge likewise
+    torchrun --nproc_per_node 4 sft.py --preset paper-gsrm ...                       # the same update from four processes
     python sft.py --task gsrm --model PATH --data pairs.jsonl --eval_share 0.05 --epochs 3 --keep best --dtype bfloat16 --gradient_checkpointing --out out/gsrm
 
 GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_prompt, under the model's chat template); --task gsrm refuses pairs that are not.
 The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
-see: no document reads another. A parameter costs 16 bytes in float32, 18 in bfloat16 (itself 2, float32 master 4, gradient 4, AdamW 8); what bfloat16 saves is time and
-activations. One process; left out on purpose: LoRA, packing, sharding, and resume (--keep best leaves its checkpoint as soon as it is made).
+see: no document reads another. A parameter costs 16 bytes (float32 master 4, gradient 4, AdamW 8), in bfloat16 too, which saves time and activations; they are shared
+out over processes (parallel.py), or rest in the CPU's memory (--offload True). Left out on purpose: LoRA, packing, and resume (--keep best leaves its checkpoint as soon as it is made).
 """
 import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from command import ConfigParser, ending, flag, folder, out_of_range
 from data import (
@@ -44,7 +44,9 @@ from data import (
 )
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
+from parallel import all_sum, finish, inside, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
+from update import even
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 
@@ -70,7 +72,8 @@ class Config:
     max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update")
     lr: float = flag(5e-5, "peak learning rate, linear decay")
     warmup: float = flag(0.1, "share of the steps in which the rate climbs")
-    dtype: str = flag("float32", "float32, or bfloat16 with float32 master weights")
+    dtype: str = flag("float32", "float32, or bfloat16 with float32 master weights: what is computed in, and saved")
+    offload: bool = flag(False, "master weights, gradients and moments rest in CPU memory (slower)")
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
     seed: int = flag(0, "order of the pairs, choice of the held-out share")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -184,10 +187,18 @@ def linear_schedule(warmup: float) -> Callable[[float], float]:
 
 
 def target_logps(model: PreTrainedModel, pairs: list[Pair], max_tokens: int) -> Iterator[torch.Tensor]:
-    """The log-probs of all target tokens, a micro-batch of pairs at a time."""
-    for rows in micro_batches([len(p) + len(t) for p, t in pairs], max_tokens):
-        hidden, targets = predictors(model, [pairs[n][0] for n in rows], [pairs[n][1] for n in rows])
-        yield linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0]
+    """The log-probs of the target tokens of this process's share of the pairs, a micro-batch at a time; none of them, but a forward pass, where other processes have more."""
+    mine = range(rank(), len(pairs), world())
+    for piece in even(micro_batches([len(pairs[n][0]) + len(pairs[n][1]) for n in mine], max_tokens)):
+        def logps(rows: list[int] = [mine[i] for i in piece] or [0]) -> torch.Tensor:
+            hidden, targets = predictors(model, [pairs[n][0] for n in rows], [pairs[n][1] for n in rows])
+            return linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0]
+        logp = inside(model, logps)
+        yield logp if piece else logp[:0]
+
+
+def over_processes(value: float) -> float:
+    return all_sum(torch.tensor(value, dtype=torch.float64)).item()
 
 
 @torch.no_grad()
@@ -195,46 +206,25 @@ def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384
     """Loss per target token (nats), in eval mode."""
     was_training = model.training
     model.eval()
-    total = -sum(logp.sum().item() for logp in target_logps(model, pairs, max_tokens))
+    total = -over_processes(sum(logp.sum().item() for logp in target_logps(model, pairs, max_tokens)))
     model.train(was_training)
+    for root in units(model)[:1]:
+        root.reshard()                                                       # a forward pass leaves it whole, and what moves are the shards
     if not math.isfinite(total):
         raise FloatingPointError(f"the held-out loss is {total}: lower the learning rate")
     return total / sum(len(target) for _, target in pairs)
 
 
-class Masters:
-    """What the optimiser moves. Of a float32 model: its own parameters. Of a bfloat16 one, in which an update of less than 1/256 of a weight would be rounded away:
-    float32 copies. The gradient of each backward is added up in their .grad and freed; after optimizer.step(), write_back() rounds them into the model."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.own = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.own]
-        self.hooks = [p.register_post_accumulate_grad_hook(partial(self.collect, m)) for p, m in zip(self.own, self.parameters) if m is not p]
-
-    @staticmethod
-    def collect(master: torch.Tensor, p: torch.Tensor) -> None:
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        for p, master in zip(self.own, self.parameters):
-            if master is not p:
-                p.copy_(master)
-
-    def close(self) -> None:
-        """Takes the hooks off: the model's gradients are its own again."""
-        for hook in self.hooks:
-            hook.remove()
-
-
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
                 betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, checkpointing: bool = False) -> Iterator[float]:
-    """Trains `model` (float32 or bfloat16) in place, yields the loss per target token (nats) after each of `steps` optimiser steps; leaves it in eval mode."""
-    masters, was_checkpointing = Masters(model), any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    optimizer = torch.optim.AdamW(masters.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=model.device.type == "cuda" or None)
+    """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of `steps` optimiser steps; leaves it in
+    eval mode. On several processes each is given all batches, and takes its share of the pairs."""
+    parameters, was_checkpointing = [p for p in model.parameters() if p.requires_grad], any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if coarse := {p.dtype for p in parameters} - {torch.float32}:            # an update of less than 1/256 of a bfloat16 weight would be rounded away
+        raise ValueError(f"the weights to be trained are {coarse.pop()}: load them in float32, and let parallel.shard compute in another dtype")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda" or None)
     if checkpointing and not was_checkpointing:                               # the layers use it in training mode only
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})       # its name before 5.23
+        recompute(model)
     try:
         model.train()
         for step in range(steps):
@@ -242,22 +232,21 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
             tokens = sum(len(target) for _, target in batch)                 # one denominator for the whole step, whatever the micro-batches
             for logp in target_logps(model, batch, max_tokens):
                 loss = -logp.sum() / tokens
-                loss.backward()
+                (loss * world()).backward()                                  # FSDP2 averages over processes, shares are to be summed
                 total += loss.item()
+            total = over_processes(total)
             if not math.isfinite(total):
                 raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step / steps)
-            torch.nn.utils.clip_grad_norm_(masters.parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            masters.write_back()
             yield total
     finally:
-        masters.close()
         model.eval()
         if checkpointing and not was_checkpointing:
-            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            recompute(model, False)
 
 # ------------------------------------------------------------------------------------------------ the command
 
@@ -279,11 +268,21 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return c
 
 
+def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) -> None:
+    """Writes the checkpoint in `dtype`, from the shards of all processes."""
+    state = whole_state(model)
+    if rank() == 0:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
+        plain.generation_config = model.generation_config
+        save_model(plain, tokenizer, out, {name: x.to(plain.dtype) if x.is_floating_point() else x for name, x in state.items()})
+
+
 def main(config: Config) -> None:
     if any((Path(config.out) / name).exists() for name in ("config.json", "run.json")):
         raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out")
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model, config.device, config.dtype)
+    model, tokenizer = load_model(config.model, config.device)
     check_head(model)
     positions, held = getattr(model.config, "max_position_embeddings", 1 << 30), []
     examples = load_examples(config, tokenizer, config.data, "train", positions)
@@ -291,16 +290,18 @@ def main(config: Config) -> None:
         held = load_examples(config, tokenizer, config.eval_data, "test", positions)
     elif config.eval_share:
         examples, held = hold_out(examples, config.eval_share, config.seed)
-    pairs, held_out, out, table = [e.pair for e in examples], [e.pair for e in held], folder(config.out), []
+    pairs, held_out, out, table, say = [e.pair for e in examples], [e.pair for e in held], folder(config.out), [], print if rank() == 0 else (lambda *_, **__: None)
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
     measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
-    print(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}, {len(held_out)} pairs held out"
-          + (f" (loss {measure():.4f} before training)" if held_out else ""), flush=True)
+    if config.dtype != "float32" or config.offload or world() > 1:
+        shard(model, config.dtype, config.offload)
+    before = f" (loss {measure():.4f} before training)" if held_out else ""
+    say(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}, {len(held_out)} pairs held out" + before, flush=True)
     losses = train_pairs(model, shuffled(pairs, config.batch_size, config.seed), steps, config.lr, linear_schedule(config.warmup), config.max_tokens,
                          checkpointing=config.gradient_checkpointing)
     since: list[float] = []
-    for step, loss in enumerate(bar := tqdm(losses, total=steps, unit="step", mininterval=1.0), 1):
+    for step, loss in enumerate(bar := tqdm(losses, total=steps, unit="step", mininterval=1.0, disable=rank() > 0), 1):
         bar.set_postfix(loss=f"{loss:.4f}")
         since.append(loss)
         if step in ends:
@@ -308,11 +309,14 @@ def main(config: Config) -> None:
             since, best = [], config.keep == "best" and table[-1]["held_out"] == min(row["held_out"] for row in table)
             bar.write(f"epoch {ends[step]}, step {step}: loss {table[-1]['loss']:.4f}" + f", held out {table[-1]['held_out'] or 0:.4f}" * bool(held) + ", the best so far" * best)
             if best or config.keep == "last" and step == steps:
-                save_model(model, tokenizer, out)
-    (out / "sft.json").write_text(json.dumps({"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}, indent=1))
-    print(f"last loss {loss:.4f}, checkpoint in {config.out}")
+                save(model, tokenizer, out, config.dtype)
+    if rank() == 0:
+        (out / "sft.json").write_text(json.dumps({"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}, indent=1))
+    say(f"last loss {loss:.4f}, checkpoint in {config.out}")
 
 
 if __name__ == "__main__":
+    start()
     with ending():
         main(parse_config())
+    finish()

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -9,19 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_parallel import torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 import convert
 import eval as evaluation
+import parallel
 import rollout
 import sft
 import toy
 from data import TiktokenTokenizer, chat_ids, file_hash, load_model, load_problems, problem_ids, template_hash, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, judge_prompt, parse_steps
 from rollout import Sampler, predictors
-from sft import Config, Example, Masters, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
+from sft import Config, Example, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
 
 TOKENIZER = TiktokenTokenizer(dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", " has", "yes", "no"], special=["<|im_end|>"], eos="<|im_end|>",
                                    pad="<|im_end|>", instruction="", chat_template="{% for m in messages %}{{ m.content }}:{% endfor %}"))
@@ -138,47 +141,33 @@ def test_padded_rows_do_not_leak_where_packed_ones_can() -> None:
 # ------------------------------------------------------------------------------------------------ memory: number formats, recomputation, long rows
 
 
-def test_bfloat16_with_master_weights_trains_to_the_float32_loss() -> None:
+def test_bfloat16_with_master_weights_trains_to_the_float32_loss(alone: None) -> None:
     losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny().to(dtype)
-        losses[dtype] = list(train_pairs(model, itertools.repeat(BATCH), 40, 3e-3, linear_schedule(0.1), max_tokens=20))
-        assert all(p.dtype == dtype and p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    for dtype, model in (("float32", tiny()), ("bfloat16", parallel.shard(tiny(), "bfloat16"))):
+        losses[dtype] = list(train_pairs(model, itertools.repeat(BATCH), 20, 8e-3, linear_schedule(0.1), max_tokens=20))
+        assert all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
     a, b = losses.values()
-    assert a[0] > 3 and a[-1] < 0.3 and b == pytest.approx(a, abs=0.1) and b[-1] == pytest.approx(a[-1], abs=0.03)
+    assert a[0] > 3 and a[-1] < 0.3 and b != a and b == pytest.approx(a, abs=0.1) and b[-1] == pytest.approx(a[-1], abs=0.03)
+    with pytest.raises(ValueError, match="load them in float32, and let parallel.shard compute in another dtype"):
+        next(train_pairs(tiny().bfloat16(), itertools.repeat(BATCH), 1, 1e-3, linear_schedule(0.1)))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_masters_move_where_bfloat16_would_stand_still(tied: bool) -> None:
-    """500 steps of 1e-5 on a weight of 1: in bfloat16 (spacing 2^-7) each would be rounded away, the copies add them up. So do the gradients of several backwards."""
-    model = tiny(tied).bfloat16()
-    model.model.norm.weight.requires_grad_(False)                    # a frozen parameter has no copy
-    masters = Masters(model)
-    assert len(masters.parameters) == len([*model.parameters()]) - 1 and all(m.dtype == torch.float32 for m in masters.parameters)
-    each = []
-    for pair in BATCH:
-        next(sft.target_logps(model, [pair], 100)).sum().backward()
-        assert all(p.grad is None for p in model.parameters())       # taken over as soon as it is whole
-        each.append([m.grad.clone() for m in masters.parameters])
-        for m in masters.parameters:
-            m.grad = None
-    for pair in BATCH:
-        next(sft.target_logps(model, [pair], 100)).sum().backward()
-    for m, *parts in zip(masters.parameters, *each):
-        assert torch.allclose(m.grad, sum(parts), rtol=1e-6, atol=1e-6)
-        assert parts[0].ndim == 1 or not torch.equal(m.grad, m.grad.bfloat16().float())              # not rounded in between
-    ones = next(i for i, p in enumerate(masters.own) if p.ndim == 1 and bool((p == 1).all()))
-    for _ in range(500):
-        masters.parameters[ones].data += 1e-5
-        masters.write_back()
-    assert (masters.own[ones] == 1 + 2**-7).all()                    # 1.005, rounded
-    masters.close()
+def test_small_steps_add_up_where_bfloat16_would_stand_still(alone: None, tied: bool, seen: dict[str, list]) -> None:
+    """Steps of 1e-5 on norm weights of 1: in bfloat16 (spacing 2^-7) each would be rounded away. Nor are the gradients of several backwards rounded where they are added up."""
+    model = parallel.shard(tiny(tied), "bfloat16")
+    list(train_pairs(model, itertools.repeat(BATCH), 5, 1e-5, lambda progress: 1.0, max_tokens=1))
+    moved = (parallel.plain(model.model.norm.weight) - 1).detach().abs()
+    assert 1e-5 < moved.max() < 5.1e-5 and moved.median() > 1e-5
+    whole, parts = naive_gradients(tiny(tied), BATCH), [parallel.plain(g) for g in seen["gradient"][0]]
+    assert close(whole, parts, 0.02) and not any(torch.equal(g, g.bfloat16().float()) for g in parts if g.ndim > 1)
 
 
-def test_a_float32_model_is_its_own_master() -> None:
-    model = tiny(True)
-    masters = Masters(model)
-    assert not masters.hooks and all(a is b for a, b in zip(masters.parameters, model.parameters(), strict=True))
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """One process, with what shards want."""
+    yield
+    parallel.finish()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -526,7 +515,7 @@ def test_main_reports_held_out_loss_and_keeps_the_best_epoch(tmp_path: Path, cap
     assert "3 pairs held out (loss " in out.out and out.out.count("the best so far") >= 1 and f"epoch 12, step 36: loss {tables['last'][-1]['loss']:.4f}, held out {curve[-1]:.4f}" in out.out
 
 
-def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path) -> None:
+def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path, alone: None) -> None:
     """From problems to a checkpoint in bfloat16, with activation checkpointing and a held-out share."""
     problems = toy.make_problems(0, 4, 5, (2, 3))
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": decompose_prompt(p.problem, t), "target": format_steps(toy.read(t))} for p in problems for t in p.teachers])
@@ -536,6 +525,37 @@ def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path) -> None:
                           f"--gradient_checkpointing --keep best --device cpu --out {tmp_path}/gsrm".split()))
     table = json.loads((tmp_path / "gsrm" / "sft.json").read_text())["epochs"]
     assert table[1]["held_out"] < table[0]["held_out"] < 6 and next(load_model(tmp_path / "gsrm", dtype="auto")[0].parameters()).dtype == torch.bfloat16
+
+
+NORMS = """
+import runpy, torch, parallel
+clip = torch.nn.utils.clip_grad_norm_
+def told(parameters, limit):
+    norm = clip(parameters, limit)
+    print(f"norm {float(parallel.plain(norm)):.6f} of rank {parallel.rank()}", flush=True)
+torch.nn.utils.clip_grad_norm_ = told
+runpy.run_path("sft.py", run_name="__main__")
+"""
+
+
+def test_two_processes_make_the_steps_of_one(tmp_path: Path, seen: dict[str, list]) -> None:
+    """Batches of three, so that one process has two micro-batches and the other one; with masters in CPU memory, recomputed layers, held-out losses and the best epoch kept.
+    The norm before clipping is looked at too: AdamW would hide a gradient that is a mean instead of a sum."""
+    (tmp_path / "norms.py").write_text(NORMS)
+    tiny(True).save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    path = file_of(tmp_path, *[{"prompt": f"Ann {i}", "target": f" has {i}" * (1 + i % 3)} for i in range(9)])
+    flags = f"--model {tmp_path}/start --data {path} --eval_share 0.4 --epochs 3 --batch_size 3 --max_tokens 1 --lr 3e-3 --keep best --device cpu --out {tmp_path}/".split()
+    sft.main(parse_config([*flags[:-1], flags[-1] + "one"]))
+    code, said, _ = torchrun(2, tmp_path / "norms.py", *flags[:-1], flags[-1] + "two", "--offload", "True", "--gradient_checkpointing")
+    assert code == 0 and said.count("last loss") == 1, said[-3000:]
+    norms = [torch.stack([g.norm() for g in step]).norm().item() for step in seen["gradient"]]
+    for rank in (0, 1):
+        assert [float(word) for word in re.findall(rf"norm ([0-9.]+) of rank {rank}", said)] == pytest.approx(norms, rel=1e-3)
+    one, two = ({"epochs": json.loads((tmp_path / name / "sft.json").read_text())["epochs"], "model": load_model(tmp_path / name)[0]} for name in ("one", "two"))
+    assert len(one["epochs"]) == 3 and all(a == pytest.approx(b, abs=1e-5) for a, b in zip(one["epochs"], two["epochs"], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one["model"].parameters(), two["model"].parameters(), strict=True))
+    assert two["model"].lm_head.weight is two["model"].model.embed_tokens.weight and not torch.allclose(two["model"].model.norm.weight, torch.ones(32), atol=1e-4)
 
 
 NEEDED = ["--model", "m", "--data", "d", "--out", "o", "--device", "cpu"]
