@@ -1,5 +1,6 @@
 """The measuring itself: turns, slow and failing peers, what counts as a token, and that a timed step is train.py's. `python -m pytest tests/test_bench.py`"""
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,16 @@ def test_everyone_samples_the_same_job_and_only_useful_tokens_count() -> None:
         lengths = run(spread)
         assert len(lengths) == 16 and max(lengths) <= 24 and min(lengths) < 12
     assert peers.sample_ours(spread) == peers.sample_ours(spread, static=True) == Sampler(spread.model, spread.stop_ids, 0).generate(spread.prompts, 8, 24, 1.0).lengths.tolist()
+
+
+def test_continuous_batching_is_given_the_memory_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its defaults it would take most of what the machine has."""
+    job, sizes = bench_rl.make_job("toy", 16, "spread", 24), []
+    generate = type(job.model).generate_batch
+    monkeypatch.setattr(type(job.model), "generate_batch", lambda self, *args, **kwargs: sizes.append(kwargs["continuous_batching_config"]) or generate(self, *args, **kwargs))
+    size, lengths = bench_rl.peak_bytes(partial(peers.sample_hf_continuous, job))
+    assert len(lengths) == 16 and min(lengths) < max(lengths) <= 24 and size < 1e8
+    assert sizes[0].num_blocks * sizes[0].page_size >= 16 * (max(map(len, job.prompts)) + 24)
 
 
 def test_a_timed_step_is_a_training_step() -> None:
