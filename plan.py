@@ -2,6 +2,7 @@
 
     python train.py --preset qwen1.5b --dry_run                                    # writes nothing, needs no GPU, no network for the presets' models
     torchrun --nproc_per_node 8 train.py --preset paper --dry_run                  # the same for eight processes
+    python sft.py --preset paper-gsrm --dry_run                                    # and for training on pairs
 
     masters 4 + AdamW 8 + gradients 4 bytes a trained parameter, reference and working copy 2 (bfloat16); all but the working copy shared out over processes (parallel.py)
     cache = rows * tokens * 2 * layers * KV heads * head dim * bytes           activations = tokens * what a layer keeps (`kept_by_layer`) * layers, or with checkpointing
@@ -17,6 +18,7 @@ import shlex
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -33,9 +35,10 @@ STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of th
 CHUNK = 8192                             # rows of the head at a time (logprob.linear_policy_loss)
 B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
-READER = "Qwen/Qwen2.5-7B-Instruct"      # assumed where no --gsrm is given
+READER, SMALL_READER = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"        # the first is assumed where no --gsrm is given
 KNOWN = {"Qwen/Qwen2.5-Math-1.5B": B1 | {"max_position_embeddings": 4096}, "Qwen/Qwen2.5-Math-7B": B7 | {"max_position_embeddings": 4096},
-         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768}}     # needs no network
+         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768},
+         SMALL_READER: B1 | {"max_position_embeddings": 32768}}          # needs no network
 
 
 class Settings(Protocol):
@@ -43,6 +46,8 @@ class Settings(Protocol):
     model: str
     data: str
     gsrm: str
+    structure_reward: str
+    teacher: str
     instruction: str | None
     steps: int
     problems_per_step: int
@@ -178,8 +183,8 @@ class Plan:
         return max(self.peaks.values())
 
 
-def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, prompt: int) -> Plan:
-    """The plan of one of `world` processes. readers: the reward models that run in it (decomposer, then perhaps a judge)."""
+def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, prompt: int, teacher: Shape | None = None) -> Plan:
+    """The plan of one of `world` processes. readers: the reward models that run in it (decomposer, then perhaps a judge); teacher: the model of --teacher."""
     b, lora = getattr(torch, config.dtype).itemsize, config.lora_rank > 0
     sharded = world > 1 or config.offload or config.dtype != "float32" and not lora
     prompts = math.ceil(config.problems_per_step / world)
@@ -189,9 +194,10 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     trained, rest, two = s.adapters if lora else s.params, b * s.rest * sharded, 2 * b * s.layer * sharded
     weights, moments, gradients = ((b * s.params if lora else 0) + 4 * trained) / world, 8 * trained / world, 4 * trained / world
     reference = b * s.params / world if config.beta and not lora else 0
-    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference}
+    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference} | ({"teacher": b * teacher.params / world} if teacher else {})
     always = {name: 0 if config.offload else size for name, size in at_rest.items()}
     always |= {"reference's embedding and head": rest * bool(reference), "reward model": b * sum(reader.params for reader in readers)}
+    always |= {"teacher's embedding and head": b * teacher.rest * sharded} if teacher else {}
     head = config.level == "token"                                            # logprob.py's mode B, else mode A
     wide = min(micro, CHUNK) * s.V * b if head else min(1 << 28, micro * s.V) * b
     head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
@@ -203,9 +209,11 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "scoring": {}, "reference": {"gathered layers": two + (rest if lora else 0), "activations": micro * b * (4 * s.D + 3 * s.I), "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
                          "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
+    if teacher:
+        memory["update"]["teacher's gathered layers"] = 2 * b * teacher.layer * sharded
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
-             "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
+             "update": ((6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params + 2 * (teacher.params if teacher else 0)) * tokens * config.updates_per_batch / FLOPS}
     reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
@@ -239,18 +247,26 @@ def gigabytes(things: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in things.items() if size >= 5e7) or "nothing above 0.05"
 
 
+def settings_of(config: object) -> str:
+    """All flags that are not empty, as a command line, wrapped."""
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
+    return textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
-    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt)
-    student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm)
+    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
+    student, assumed = read_config(config.model), bool(config.w_structure and not (config.gsrm or config.structure_reward))
+    teacher = shape(read_config(config.teacher)) if config.teacher else None
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
     r, room, updates = plan.rollouts, config.gpu_memory_gb * 1e9, config.updates_per_batch
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
-    print(textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n")
+    print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
-    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or config.structure_reward or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    if teacher:
+        print(f"teacher        {config.teacher}: {teacher.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.problems_per_step} problems x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {r.rows} in each of {world} process(es); at most "
           f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {config.problems_per_step * config.group_size * r.longest:,} a step")
     print(f"sampling       {r.together} rows at a time, {math.ceil(r.rows / r.together)} wave(s)" + (f"; the reward model {plan.reader.together} at a time, {math.ceil(plan.reader.rows / plan.reader.together)} wave(s)" if plan.reader else ""))
@@ -271,3 +287,48 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     total = sum(plan.seconds.values())
     print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, {config.steps} steps {config.steps * total / 3600:.3g} h")
     print("  " + ", ".join(f"{name} {t:.3g} s ({t / total:.0%})" for name, t in plan.seconds.items()))
+
+
+class Lessons(Protocol):
+    """What is read of sft.Config."""
+    model: str
+    data: str
+    epochs: float
+    batch_size: int
+    max_length: int
+    max_tokens: int
+    dtype: str
+    offload: bool
+    gradient_checkpointing: bool
+    gpu_memory_gb: float
+
+
+def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
+    """The plan of an optimiser step of sft.py, all pairs of the `longest` length: an update of train.py's without rollouts, reference and reward model, its loss by linear_logprob."""
+    step = SimpleNamespace(problems_per_step=config.batch_size, group_size=1, max_new_tokens=longest, cache_gb=CACHE_GB, max_tokens=config.max_tokens, dtype=config.dtype, offload=config.offload,
+                           gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1, w_structure=0.0)
+    plan = estimate(step, s, [], world, 0)
+    return replace(plan, memory={name: plan.memory[name] for name in ("always", "update")}, seconds={"update": plan.seconds["update"]})
+
+
+def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
+    """The same for sft.py. lengths: tokens of each pair, none where data and tokenizer do not lie here. ValueError where the model's config cannot be read."""
+    s = shape(read_config(config.model))
+    longest, source = (max(lengths), f"the longest of {config.data}") if lengths else (config.max_length or s.positions, "--max_length, or the model's positions, as no data and tokenizer lie here")
+    plan, counted = lesson(config, s, longest, world), f"; {len(lengths)} pairs, {max(1, round(config.epochs * len(lengths) / config.batch_size))} steps" if lengths else ""
+    print(settings_of(config))
+    print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
+    print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")
+    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process\n\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}")
+    print(f"  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}\n  update      {plan.peak / 1e9:6.1f} = always + {gigabytes(plan.memory['update'])}")
+    if plan.cpu:
+        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
+    fits = lambda p: p.peak <= USABLE * config.gpu_memory_gb * 1e9
+    print(f"{'fits' if fits(plan) else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most; {USABLE:.0%} of a card are counted on")
+    others = {"--gradient_checkpointing True": ({"gradient_checkpointing": True}, world), "--offload True": ({"offload": True}, world)} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8)}
+    for text, (change, processes) in others.items() if not fits(plan) else ():
+        if (less := lesson(replace(config, **change), s, longest, processes)).peak < 0.99 * plan.peak:
+            print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
+    passes = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}
+    total = plan.seconds["update"]
+    print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s\n  " + ", ".join(f"{name} {share / sum(passes.values()):.0%}" for name, share in passes.items() if share))
