@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench_rl
 import kernels
@@ -87,42 +85,6 @@ def rows() -> list[Row]:
 
 # ---- measuring
 
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages that torch's operations made and that were alive together: memory on a CPU, where nobody else counts it."""
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            storage = t.untyped_storage() if isinstance(t, Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        return out
-
-    def forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def peak_bytes(run: Callable[[Case], object], case: Case) -> tuple[int, object]:
-    """Peak memory over what was there before, results included, and the result."""
-    if not case.hidden.is_cuda:
-        with LiveBytes() as live:
-            out = run(case)
-        return live.peak, out
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    out = run(case)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, out
-
-
 def milliseconds(runs: dict[str, Callable[[Case], object]], case: Case, rounds: int) -> dict[str, float]:
     """Median of each, taking turns; every run starts after 256 MB were written over the L2 cache."""
     flush, times = torch.empty(1 << 26, dtype=torch.int32, device="cuda"), {name: [] for name in runs}
@@ -177,13 +139,13 @@ def measure(case: Case, implementations: list[Row], rounds: int) -> None:
         try:
             if row.logp or row.bare:
                 row.forward(case)
-                size, logp = peak_bytes(row.forward, case)
+                size, logp = bench_rl.peak_bytes(partial(row.forward, case))
                 cells["GB"], forwards[row.name] = f"{size / 1e9:.3f}", row.forward
                 if logp is not None:
                     cells["logp err"] = f"{(logp[want.rows].double() - want.logp).abs().max().item():.1e}"
                     del logp
             row.step(case)
-            size, grads = peak_bytes(row.step, case)
+            size, grads = bench_rl.peak_bytes(partial(row.step, case))
             cells["step GB"], steps[row.name] = f"{size / 1e9:.3f}", row.step
             if grads is not None and row.comparable:
                 cells["dX err"] = relative(grads[0][want.rows], want.dX)

@@ -1,13 +1,13 @@
 """Sampling and whole RL steps beside others: `python bench.py rollout` and `python bench.py step`.
 
-rollout: for each model (random weights), one table of equal and one of spread lengths: tokens per second, useful ones only (up to a row's stop token), and
-their share of the limit: every decoding step reads the weights and the used keys and values once at the measured copy bandwidth, or multiplies at the
-measured rate of a large matmul, whichever is slower.
+rollout: for each model (random weights), one table of equal and one of spread lengths: tokens per second, useful ones only (up to a row's stop token); their share
+of the limit: every decoding step reads the weights and the used keys and values once at the measured copy bandwidth, or multiplies at the measured rate of a
+large matmul, whichever is slower; and peak memory on top of the weights.
 step: seconds of one training step on the toy, split into sampling, scoring and update (log-probs of policy and reference, loss, gradient, optimiser). Outcome
 reward only against TRL's GRPOTrainer, both on the same model, problems, group, optimiser, dtype and KL weight, once with every completion of full length,
 once with rows that stop where they like; and the toy's RLKD step with GSRM, its teachers read before, as a run reads them once.
 
-How: implementations take turns in one process, the first round warms up, medians. One whose run takes longer than --patience seconds is
+How: implementations take turns in one process, the first round warms up (and measures memory), medians. One whose run takes longer than --patience seconds is
 not run again: that one run is its figure, and its row says so. On a machine that others use too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
 """
 from __future__ import annotations
@@ -16,10 +16,13 @@ import argparse
 import itertools
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import eval as evaluation
@@ -30,6 +33,7 @@ from data import load_model, problem_ids, stop_and_pad_ids, whole_turns
 from peers import PEER_ERRORS, Job
 from rollout import Sampler
 
+T = TypeVar("T")
 MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
 
 
@@ -38,6 +42,42 @@ def start_clock(args: argparse.Namespace) -> str:
     if args.cpu_time:
         time.perf_counter = time.time = time.process_time
     return ", ".join((torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the storages that torch's operations made and that were alive together: memory on a CPU, where nobody else counts it. This thread's only."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def peak_bytes(run: Callable[[], T]) -> tuple[int, T]:
+    """Peak memory over what was there before, results included, and the result; 0 for what happens in other threads (on a CPU) or processes."""
+    if not torch.cuda.is_available():
+        with LiveBytes() as live:
+            out = run()
+        return live.peak, out
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, out
 
 # ------------------------------------------------------------------------------------------------ sampling
 
@@ -79,42 +119,47 @@ def make_job(name: str, rows: int, lengths: str, max_new: int) -> Job:
     return Job(model, prompts, 8, max_new, stops, 0)
 
 
-def take_turns(runs: dict[str, Callable[[], list[int]]], rounds: int, patience: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Median tokens per second of each, and what there is to say about those that failed or were too slow to run again."""
+def take_turns(runs: dict[str, Callable[[], list[int]]], rounds: int, patience: float) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
+    """Median tokens per second of each, its peak bytes, and what there is to say about those that failed or were too slow to run again."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
+    memory: dict[str, int] = {}
     notes: dict[str, str] = {}
     for i in range(rounds + 1):                                                                  # the first round warms up
         for name in [name for name in runs if name not in notes]:
             torch.manual_seed(i)
             started = time.perf_counter()
             try:
-                tokens = sum(runs[name]())
+                size, lengths = (0, runs[name]()) if i else peak_bytes(runs[name])
             except PEER_ERRORS as error:
                 if name.startswith("ours"):
                     raise
                 notes[name], rates[name] = "absent" if isinstance(error, ImportError) else f"{type(error).__name__}: {' '.join(str(error).split())[:80]}", []
             else:
                 seconds = time.perf_counter() - started
-                rates[name].append(tokens / seconds)
+                rates[name].append(sum(lengths) / seconds)
+                memory[name] = max(size, memory.get(name, 0))
                 if seconds > patience and i < rounds:
                     notes[name] = f"{i} rounds" if i > 1 else "one run"
-    return {name: statistics.median(rate[1:] or rate) for name, rate in rates.items() if rate}, notes
+    return {name: statistics.median(rate[1:] or rate) for name, rate in rates.items() if rate}, memory, notes
 
 
 def bench_rollout(args: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     print(f"{start_clock(args)}, {args.rounds} rounds, medians, taking turns")
-    for name, rows, max_new in itertools.product(args.model or (["1.5b", "7b"] if gpu else ["toy", "10m"]), args.rows or ([64, 256, 512] if gpu else [64]), [args.max_new_tokens or (2048 if gpu else 128)]):
+    for name, rows in itertools.product(args.model or (["1.5b", "7b"] if gpu else ["toy", "10m"]), args.rows or ([64, 256, 512] if gpu else [64])):
+        max_new = args.max_new_tokens or (2048 if gpu else 64 if name == "10m" else 128)
         for lengths in ("equal", "spread"):
             job = make_job(name, rows, lengths, max_new)
             drawn = peers.sample_ours(job)
             bound = sum(drawn) / limit_seconds(job, drawn)
             runs = {"ours": peers.sample_ours, "ours, plain loop" if gpu else "ours, static": partial(peers.sample_ours, static=not gpu), "HF generate": peers.sample_hf,
                     "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"), "HF continuous batching": peers.sample_hf_continuous, "vLLM": peers.VLLM()}
-            rate, notes = take_turns({n: partial(run, job) for n, run in runs.items()}, args.rounds, args.patience or (120 if gpu else 6))
-            print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths} (mean {sum(drawn) / rows:.0f}); limit {bound:.0f} tokens/s\n| | tokens/s | of ours | of the limit | |\n|---|---|---|---|---|")
+            rate, memory, notes = take_turns({n: partial(run, job) for n, run in runs.items()}, args.rounds, args.patience or (120 if gpu else 10))
+            print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths} (mean {sum(drawn) / rows:.0f}); limit {bound:.0f} tokens/s\n"
+                  "| | tokens/s | of ours | of the limit | peak MB | |\n|---|---|---|---|---|---|")
             for n in runs:
-                print(f"| {n} | " + (f"{rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f}" if n in rate else "- | - | -") + f" | {notes.get(n, '')} |", flush=True)
+                print(f"| {n} | " + (f"{rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f} | " + (f"{memory[n] / 1e6:.0f}" if memory[n] else "-") if n in rate else "- | - | - | -")
+                      + f" | {notes.get(n, '')} |", flush=True)
 
 # ------------------------------------------------------------------------------------------------ whole steps
 
@@ -184,7 +229,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--rows", nargs="+", type=at_least(8), help="completions, eight of each prompt")
     command.add_argument("--max_new_tokens", type=at_least(1))
     command.add_argument("--rounds", type=at_least(1), default=3)
-    command.add_argument("--patience", type=at_least(0, float), help="seconds; whoever takes longer is not run again (default: 6, on a GPU 120)")
+    command.add_argument("--patience", type=at_least(0, float), help="seconds; whoever takes longer is not run again (default: 10, on a GPU 120)")
     command.add_argument("--cpu_time", action="store_true", help="CPU seconds instead of wall time")
     command.set_defaults(run=bench_rollout)
     command = commands.add_parser("step", help="whole RL steps on the toy, beside TRL's")

@@ -68,7 +68,7 @@ def openthoughts(row: Row) -> Row | str:
     else of the teacher's solution (its makers kept verified ones only); rows without one, such as code, are skipped."""
     if "conversations" in row:
         turns = sequence(row, "conversations", dict)
-        if [turn.get("from") for turn in turns] != ["user", "assistant"]:
+        if [turn.get("from") for turn in turns] not in (["user", "assistant"], ["human", "gpt"]):                # OpenThoughts3 calls them so
             raise ValueError(f"field 'conversations' must be a turn from user and one from assistant, got {[turn.get('from') for turn in turns]}")
         problem, reply = text(turns[0], "value"), text(turns[1], "value").replace("<|begin_of_thought|>", "<think>").replace("<|end_of_thought|>", "</think>")
         trace, answer, domain = thought(reply), final_answer(reply), "math" if problem.startswith(ASKED) else "other"
@@ -131,21 +131,23 @@ CONVERTERS: dict[str, tuple[Callable[[Row], Row | str], str]] = {               
 # ------------------------------------------------------------------------------------------------ rows in, problems out
 
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, row) of a .json, .jsonl or .parquet file. Lines of JSONL come as bytes, so that `decoded` fails on a broken one alone."""
+    """(place, row) of a .json (a list, or lines), .jsonl or .parquet file. Lines of JSONL come as bytes, so that `decoded` fails on a broken one alone."""
     try:
-        rows: object = None
-        if path.suffix == ".jsonl":
-            rows = path.read_bytes().split(b"\n")
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_bytes())
-            rows = rows.get("rows") if isinstance(rows, dict) else rows
+        rows: object = path.read_bytes().split(b"\n") if path.suffix in (".json", ".jsonl") else None
+        if path.suffix == ".json":
+            try:
+                rows = json.loads(b"\n".join(rows))
+                rows = rows.get("rows") if isinstance(rows, dict) else rows
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":                            # JSONL, as many a .json is
+                    raise
         elif path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
             rows = (row for batch in ParquetFile(path).iter_batches(256) for row in batch.to_pylist())
         if not isinstance(rows, list | Iterator):
             raise ValueError('expected a .jsonl or .parquet file, or a .json list of rows, or the datasets server\'s {"rows": [{"row": {...}}]}')
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1) if not isinstance(row, bytes) or row.strip())
-    except ValueError as error:                                          # json and pyarrow do not name the file
+    except (ValueError, RecursionError) as error:                        # json and pyarrow do not name the file
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -165,7 +167,7 @@ def decoded(row: object) -> Row:
     if not isinstance(inner, dict):
         raise ValueError(f"expected a JSON object, got {type(inner).__name__}")
     if outer.get("truncated_cells"):
-        raise ValueError(f"field {outer['truncated_cells'][0]!r} was cut off by the datasets server (truncated_cells): take the Parquet file instead")
+        raise ValueError(f"field {str(outer['truncated_cells']).strip('[]')[:80]} was cut off by the datasets server (truncated_cells): take the Parquet file instead")
     return inner
 
 
@@ -194,7 +196,7 @@ def records(rows: Iterable[tuple[int, tuple[str, object]]], name: str, convert: 
             problem = check_record({"id": f"{own}-{name}-{number}" if own in ids else own, "problem": bare, "answer": record["answer"],
                                     "teachers": record.get("teachers", []), "domain": record.get("domain", "math")}, "as a problem")
             line = json.dumps(vars(problem), ensure_ascii=False).encode() + b"\n"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fault = f"{where}: {'not valid JSON: ' if isinstance(error, json.JSONDecodeError) else ''}{error}"
             if not skip_bad:
                 raise ValueError(f"{fault} (--skip_bad passes over such rows)") from None
@@ -222,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
     aside, draw, counts, lists = args.out.parent / f".{args.out.name}.partial", random.Random(args.seed), Counter({"rows read": 0, "written": 0}), defaultdict(list)
+    lists.update({"dropped by --exclude": []} if args.exclude else {})          # then 0 is said too
     try:
         if args.out.exists() and not args.overwrite:
             raise ValueError(f"{args.out} exists already: choose another --out, or pass --overwrite")
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         with aside.open("wb") as file:
             file.writelines(records(rows, args.name, convert, banned, args.skip_bad, counts, lists))
         print(*(f"{count} {what}" for what, count in counts.items() if count or what == "written"),
-              *(f"{len(entries)} {what}: {', '.join(entries[:20])}{', ...' if len(entries) > 20 else ''}" for what, entries in lists.items()), sep="\n")
+              *(f"{len(entries)} {what}{': ' * bool(entries)}{', '.join(entries[:20])}{', ...' if len(entries) > 20 else ''}" for what, entries in lists.items()), sep="\n")
         if not counts["written"]:
             raise ValueError(f"nothing to write to {args.out}: no row became a problem")
         aside.replace(args.out)

@@ -90,10 +90,10 @@ def put_aside(fault: str, bad: list[str] | None) -> None:
     bad.append(fault)
 
 
-def tell(what: str, entries: list[str]) -> None:
-    """Counts and lists on stderr what was left out or looks odd; says nothing where there is nothing."""
+def tell(what: str, entries: list[str], most: int | None = None) -> None:
+    """Counts and lists (the first `most`) on stderr what was left out or looks odd; says nothing where there is nothing."""
     if entries:
-        print(f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries), sep="\n", file=sys.stderr)
+        print(f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries[:most]), *["  ..."] * (len(entries[:most]) < len(entries)), sep="\n", file=sys.stderr)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -122,8 +122,8 @@ def file_hash(path: str | Path) -> str:
 
 
 def load_problems(path: str | Path, split: str = "train", skip_bad: bool = False) -> list[Problem]:
-    """Problems of `data_file(path, split)`. Every line is checked, ids must be unique: ValueError at the first bad line. With skip_bad the bad lines are counted and
-    listed on stderr instead, and so are problems that repeat an earlier one's text (they are kept)."""
+    """Problems of `data_file(path, split)`. Every line is checked, ids must be unique: ValueError at the first bad line, or with skip_bad a list of them on stderr.
+    Problems that repeat an earlier one's text are listed there too, and kept."""
     file, bad = data_file(path, split), [] if skip_bad else None
     problems, seen, texts, repeats = [], {}, {}, []                      # seen: id -> its place; texts: text -> its first id
     for where, record in read_jsonl(file, bad):
@@ -138,9 +138,8 @@ def load_problems(path: str | Path, split: str = "train", skip_bad: bool = False
             repeats.append(f"{where}: {problem.id!r} reads as {first!r}")
         seen[problem.id] = where
         problems.append(problem)
-    if skip_bad:
-        tell(f"bad lines of {file} passed over", bad)
-        tell(f"problems of {file} repeat an earlier one, and were kept", repeats)
+    tell(f"bad lines of {file} passed over", bad or [])
+    tell(f"problems of {file} repeat an earlier one, and were kept", repeats, 20)
     if not problems:
         raise ValueError(f"{file}: holds no problems")
     return problems

@@ -27,7 +27,7 @@ Wave = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens (N,) drawn from softmax(logits / temperature) (N, V), cut to its top_p nucleus, by the uniform numbers u (N,); their log-probs under
     just that distribution; its entropy before the cut. temperature 0 takes the likeliest token, with log-prob and entropy at temperature 1."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)                                     # (N, V)
+    logp = torch.log_softmax(logits.float() if temperature in (0, 1) else logits.float() / temperature, -1)                # (N, V)
     p = logp.exp()
     entropy = -(p * logp.clamp_min(-1e4)).sum(-1)
     if temperature == 0:
@@ -38,7 +38,7 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
         outside = ordered.values.exp().cumsum(-1) - ordered.values.exp() >= top_p                           # the token that crosses top_p stays in
         logp = torch.log_softmax(logp.masked_fill(outside.scatter(-1, ordered.indices, outside), -torch.inf), -1)
         p = logp.exp()
-    cdf = p.cumsum(-1)
+    cdf = p.double().cumsum_(-1) if p.is_cuda else p.cumsum(-1)                                             # in float32 a GPU's scan would not rise everywhere; a CPU's does
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)   # right: a token of probability 0 is never hit
     return token[:, 0], logp.gather(-1, token)[:, 0], entropy
 
@@ -62,6 +62,14 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :need, :] for room in self.room)
         return self.keys, self.values
 
+    def append(self, others: list["RoomyLayer"]) -> None:
+        """The others' rows, of as many tokens, behind its own; the others are empty then."""
+        if others:
+            self.room = tuple(torch.cat(rooms) for rooms in zip(*(layer.room for layer in (self, *others))))
+            self.keys, self.values = (room[..., : self.keys.shape[-2], :] for room in self.room)
+            for layer in others:
+                layer.room = layer.keys = layer.values = None
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.room = tuple(room[indices] for room in self.room) if self.room else None
         if self.room:
@@ -70,19 +78,25 @@ class RoomyLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
-def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int, max_tokens: int = 32768) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of rows (prompt number, prompt, uniform numbers): KV cache of the left-padded prompts, each prompt once (P rows), and which of them a row has (N,); of the
-    rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,)."""
+    rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,). Forwards of at most
+    max_tokens padded tokens (or one prompt), whose activations would be larger than the cache."""
     by_number, device = {number: prompt for number, prompt, _ in rows}, model.device
     place, prompts = {number: k for k, number in enumerate(by_number)}, list(by_number.values())
     of_row, width = torch.tensor([place[number] for number, *_ in rows], device=device), max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() for _ in cache.layers]
-    out = model(input_ids=ids, attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    caches, logits = [], []
+    for part in torch.arange(len(prompts)).split(max(1, max_tokens // width)):
+        caches.append(DynamicCache(config=model.config))
+        caches[-1].layers = [RoomyLayer() for _ in caches[-1].layers]
+        logits.append(model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), past_key_values=caches[-1], use_cache=True,
+                            logits_to_keep=1).logits[:, -1])
+    for first, *others in zip(*(cache.layers for cache in caches)):
+        first.append(others)
     readable = torch.cat((real.bool(), real.new_ones(len(prompts), room, dtype=torch.bool)), 1)
-    return cache, of_row, out.logits[:, -1][of_row], readable[of_row], real.sum(-1)[of_row]
+    return caches[0], of_row, torch.cat(logits)[of_row], readable[of_row], real.sum(-1)[of_row]
 
 
 def uniform(rows: list, device: torch.device) -> torch.Tensor:
@@ -97,8 +111,8 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
     lengths, finished = torch.full((n,), max_new, device=device), torch.zeros(n, dtype=torch.bool, device=device)
     cache, of_row, logits, mask, position = prefill(model, rows, max_new, pad_id)
     cache.batch_select_indices(of_row)
-    if model.config._attn_implementation == "sdpa":                     # a ready mask saves making one at every token; eager attention would add its booleans up
-        mask = mask[:, None, None]
+    if model.config._attn_implementation in ("sdpa", "eager"):          # a ready mask, to be added, saves making one in every layer at every token
+        mask = torch.where(mask, 0.0, -torch.inf).to(model.dtype)[:, None, None]
     u, live = uniform(rows, device), torch.arange(n, device=device)                                         # row numbers still in the batch
     running, going, start, T = torch.ones_like(finished), live, mask.shape[-1] - max_new, max_new           # a finished row may wait in the batch for company
     for t in range(max_new):
@@ -170,7 +184,7 @@ class StaticDecoder:
         self.logp, self.entropy, self.u = torch.zeros(3, N, max_new, device=device).unbind()
         self.room: list[tuple[torch.Tensor, torch.Tensor]] = []                                             # per layer keys and values (N, heads, capacity, head_dim)
         self.graphs: dict[tuple[int, int], Callable[[], None]] = {}
-        self.use_graphs, self.pool = device.type == "cuda", None
+        self.use_graphs, self.side, self.pool = device.type == "cuda", None, None                          # whether; the stream and the memory to capture them with
 
     def fill(self, rows: list) -> None:
         """Prompts into the room, their first tokens drawn. The room is zeros at first: what attention does not read may be anything but NaN."""
@@ -203,13 +217,12 @@ class StaticDecoder:
 
     def capture(self, r: int, l: int) -> Callable[[], None]:
         """The step as a graph; a call replays it. The only lines that need a GPU."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                                                                       # warm-up: libraries set themselves up outside the graph
+        self.side, self.pool, graph = self.side or torch.cuda.Stream(self.t.device), self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self.side.wait_stream(torch.cuda.current_stream(self.t.device))
+        with torch.cuda.stream(self.side):                                                                  # warm-up: libraries set themselves up outside the graph
             self.step(r, l)
-        torch.cuda.current_stream().wait_stream(side)
-        self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        torch.cuda.current_stream(self.t.device).wait_stream(self.side)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):  # NCCL's watchdog and other threads may call CUDA meanwhile
             self.step(r, l)
         return graph.replay
 
@@ -219,23 +232,25 @@ class StaticDecoder:
             return self.step(r, l)
         if (r, l) in self.graphs:
             return self.graphs[r, l]()
-        state = self.token, self.position, self.t, self.slot
-        before, column = [x.clone() for x in state], self.t.clone()
+        state, column = (self.token, self.position, self.t, self.slot), self.t.clone()
+        before, outcome = [x.clone() for x in state], lambda: [x[:r].index_select(1, column) for x in (self.tokens, self.logp, self.entropy)]
 
         def rewind() -> None:
             for x, old in zip(state, before):
                 x.copy_(old)
         self.step(r, l)
-        want = self.entropy[:r].index_select(1, column)
+        want = outcome()
         try:
             rewind()
             graph = self.capture(r, l)
             rewind()
-            self.entropy[:r].index_fill_(1, column, -1.0)
+            for x in (self.tokens, self.logp, self.entropy):
+                x[:r].index_fill_(1, column, -1)
             graph()
-            off = (self.entropy[:r].index_select(1, column) - want).abs().max().item()
-            if not off < 0.05 or not torch.equal(self.t, column + 1):
-                raise RuntimeError(f"a replayed step is {off:.3g} nats of entropy off")
+            token, logp, entropy = outcome()
+            off = torch.maximum((entropy - want[2]).abs(), (logp - want[1]).abs() * (token == want[0])).max().item()                # a draw at a border may fall either way
+            if not off < 0.05 or not torch.equal(self.t, column + 1) or bool((token < 0).any()):
+                raise RuntimeError(f"a replayed step is {off:.3g} nats off")
             self.graphs[r, l] = graph
         except RuntimeError as error:
             warnings.warn(f"sampling goes on without CUDA graphs: {error}", stacklevel=2)
@@ -279,3 +294,23 @@ class StaticDecoder:
         T = int(lengths.max())
         behind = torch.arange(T, device=device) >= lengths[:, None]                                         # what rows went on to decode, unasked
         return *(x[:, :T].masked_fill(behind, fill) for x, fill in zip(kept, (self.pad_id, 0.0, 0.0))), lengths, finished
+
+
+def difference(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float, float], stop_ids: torch.Tensor, pad_id: int) -> str:
+    """What sets StaticDecoder's completions apart from the plain loop's, in words, on a few of the rows and tokens; "" where nothing does. Rounding may let a draw fall
+    on the other side of a border, so rows are compared up to their first difference, and half of the tokens must come before one."""
+    few, room = rows[:: -(-len(rows) // 8)], min(max_new, 24)
+    few, setting = [(number, prompt, u[:room]) for number, prompt, u in few], (room, draws, stop_ids, pad_id)
+    plain = decode(model, few, *setting, ended=lambda row, ids: None)
+    try:
+        static = StaticDecoder(model, len(few), max(len(prompt) for _, prompt, _ in few) + room, *setting).decode(few, ended=lambda row, ids: None)
+    except RuntimeError as error:
+        return f"it fails: {error}"
+    T = min(plain[0].shape[1], static[0].shape[1])
+    (a, logp_a, entropy_a), (b, logp_b, entropy_b) = ([x[:, :T] for x in wave[:3]] for wave in (plain, static))
+    places = torch.arange(T, device=a.device)
+    alike = ((a == b) & (places < plain[3][:, None]) & (places < static[3][:, None])).cumprod(1).bool()     # (n, T), before a row's first difference
+    off = torch.stack((logp_a - logp_b, entropy_a - entropy_b)).abs()[:, alike].mean().item() if alike.any() else 0.0        # nats
+    if alike.sum() < 0.5 * plain[3].sum():
+        return f"{int(plain[3].sum() - alike.sum())} of {int(plain[3].sum())} tokens are others"
+    return "" if off < (1e-3 if model.dtype == torch.float32 else 0.05) else f"log-probs and entropies are {off:.3g} nats off"

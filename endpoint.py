@@ -62,11 +62,11 @@ def read_answer(body: bytes) -> Answer | None:
 
 
 def read_p_yes(answer: Answer) -> float | None:
-    """p(yes) / (p(yes) + p(no)) as above; None where the answer says neither."""
+    """p(yes) / (p(yes) + p(no)) as above; None where the answer says neither: under 1e-4 in all it was about to say something else, such as <think>."""
     p: Counter[str] = Counter()
     for token, logp in answer.top.items():               # SentencePiece and byte-level BPE each write a blank as a letter of their own
         p[token.strip(" \t\n\u2581\u0120").lower()] += math.exp(min(logp, 0.0))
-    if (total := p["yes"] + p["no"]) > 0:
+    if (total := p["yes"] + p["no"]) >= 1e-4:
         return p["yes"] / total
     said = re.match(r"[\W_]*(yes|no)(?![^\W_])", answer.text, re.IGNORECASE)
     return float(said[1].lower() == "yes") if said else None
@@ -107,6 +107,14 @@ class Endpoint:
     def p_yes(self, prompts: list[str]) -> list[float | None]:
         """p(yes) / (p(yes) + p(no)) of the answer to each prompt, None = failed, or neither was said."""
         return self.run(prompts, self.ask_p_yes)
+
+    def models(self) -> list[str]:
+        """The names of the models that the server offers; [] where it does not say."""
+        try:
+            reply = self.runner.run(asyncio.wait_for(self.client.models.with_raw_response.list(), min(10.0, self.deadline)))
+            return [str(entry["id"]) for entry in json.loads(reply.content)["data"]]
+        except (TimeoutError, self.openai.OpenAIError, ValueError, LookupError, TypeError):
+            return []
 
     def run(self, items: list[str], ask: Callable[[str], Awaitable[object]]) -> list:
         """`ask` of every item, by `concurrency` workers; threads take turns. EndpointDown where that was asked for."""
@@ -278,8 +286,9 @@ def annotate_main(argv: list[str]) -> None:
     """The command `annotate`; prices in money per million tokens."""
     parser = Parser(prog="python endpoint.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", help="problems with teacher traces: JSONL or folder")
-    for name in ("--url", "--model", "--out"):
-        parser.add_argument(name, required=True)
+    parser.add_argument("--url", required=True, help="of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", required=True, help="its name there")
+    parser.add_argument("--out", default=argparse.SUPPRESS, help="pairs to write; the record of the work lies beside it (default: out/DATA.pairs.jsonl)")
     for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
         parser.add_argument(f"--{name}", type=at_least({"concurrency": 1, "max_new_tokens": 1, "deadline": 0.001}.get(name, 0), type(default)), default=default)
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
@@ -289,7 +298,7 @@ def annotate_main(argv: list[str]) -> None:
         if not any(p.teachers for p in problems):
             raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
-        print(annotate(problems, endpoint, Path(args.out), args.retry_rejected))
+        print(annotate(problems, endpoint, Path(vars(args).get("out") or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
     cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
     print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
 

@@ -36,7 +36,7 @@ from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, lo
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
 from plan import CACHE_GB, sampler_of
-from plots import small_multiples
+from plots import rollout_picture, small_multiples
 from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
 from rollout import Sampler
 from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure  # noqa: F401
@@ -240,6 +240,7 @@ def commands(argv: list[str]) -> None:
     completions.add_argument("--step", type=int, help="training step (default: the last)")
     completions.add_argument("--problem", metavar="ID")
     completions.add_argument("--sample", type=int, help="number in its group")
+    completions.add_argument("--plot", type=Path, metavar="PNG", help="draw the first of them, its steps coloured by what they earned")
     completions.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     curves = new("plot", help="learning curves of one or several runs")
     curves.add_argument("runs", nargs="+", metavar="OUT")
@@ -252,7 +253,10 @@ def commands(argv: list[str]) -> None:
         compare(args.a, args.b, args.plot)
     elif args.command == "show":
         color = args.color == "always" or args.color == "auto" and sys.stdout.isatty()
-        print("\n\n".join(show(row, color) for row in rows_to_show(args.out, args.step, args.problem, args.sample)))
+        rows = rows_to_show(args.out, args.step, args.problem, args.sample)
+        print("\n\n".join(show(row, color) for row in rows))
+        if args.plot:
+            rollout_picture(rows[0], args.plot)
     else:
         (plot if args.simple else small_multiples)(args.runs, args.out)
         print(f"wrote {args.out}")

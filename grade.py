@@ -27,6 +27,11 @@ import numpy as np
 MAX_ANSWER = 2000                      # characters: a longer final answer is wrong, a longer gold cannot be graded
 BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
+OPTION = re.compile(r"\W*(?:(?:option|choice|answer)\W*)?([A-J])(?:[])}.:*].*)?", re.IGNORECASE | re.DOTALL)        # B, (B), B) and its text, Option B
+SEVERAL = re.compile(r"(?:[,;/&]|\)\s*\(|\b(?:and|or)\b)\W*[A-J](?![A-Za-z])")                                    # ... but not (A), (B)
+# in front of what a unit's name is not: 5 million dollars, 5 or 6, 2 sin x
+UNIT = re.compile(r"(?<=[0-9]) +(?!(?:hundred|thousand|million|billion|trillion|half|halves|thirds|and|mod|sin|cos|tan|log|sqrt)\b)([A-Za-z]{3}[A-Za-z/ ]*)$")
+UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " "})
 
 
 def final_answer(text: str) -> str | None:
@@ -48,6 +53,14 @@ def final_answer(text: str) -> str | None:
     return answer.strip() if closed and opened else None
 
 
+def as_latex(answer: str) -> str:
+    """The answer with what is common in plain text written as LaTeX: Unicode signs, sqrt(3), mixed numbers, units (math-verify reads past \\text{ eggs}, not past eggs)."""
+    if len(answer) > MAX_ANSWER:
+        return answer
+    text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", answer.translate(UNICODE))
+    return UNIT.sub(r"\\text{ \1}", re.sub(r"^([+-]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", re.sub(r"(?<!\\)\\(?:[ ;:]|$)", " ", text).strip()))
+
+
 def normalise(answer: str) -> str:
     """The answer without $, \\text{} and its like, \\left \\right, blanks (kept between digits: `1 1/2`), thousands separators and final period."""
     text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]", "", answer)
@@ -55,18 +68,19 @@ def normalise(answer: str) -> str:
         text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).rstrip(".")
-    return text.replace(",", "") if re.fullmatch(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text) else text
+    return re.sub("[ ,]", "", text) if re.fullmatch(r"[+-]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?", text) else text
 
 
 def quick_word(gold: str, answer: str) -> str:
     """"True" or "False" where equal strings, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
     if len(gold) > MAX_ANSWER or not normalise(gold):
         return "gold_unparsable"
-    gold, answer = normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
+    raw, gold, answer = answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
     if gold == answer or not answer:
         return str(gold == answer)
     if option := re.fullmatch(r"\(?([A-J])\)?", gold):
-        return str(option[1] == re.sub(r"^\(?([A-Ja-j])\)?[.:]?$", r"\1", answer).upper())
+        chosen = None if SEVERAL.search(raw) else OPTION.fullmatch(answer)
+        return str(chosen is not None and chosen[1].upper() == option[1])
     plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]
     return str(Fraction(plain[0]) == Fraction(plain[1])) if all(map(NUMBER.fullmatch, plain)) else ""     # exact: 0.333 is not 1/3
 
@@ -146,7 +160,7 @@ def ask(pair: tuple[str, str], seconds: float) -> str:
 def grade_all(texts: list[str], answers: list[str], seconds: float = 5.0) -> list[bool | None]:
     """Is each completion's final answer right? True, False (no answer is wrong), or None where it could not be graded, counted in `grade_stats`.
     One comparison may take `seconds`. ValueError on unequal lengths, RuntimeError without math-verify. POSIX; call it from one thread of one process."""
-    pairs = [(gold, final_answer(text) or "") for text, gold in zip(texts, answers, strict=True)]
+    pairs = [(as_latex(gold), as_latex(final_answer(text) or "")) for text, gold in zip(texts, answers, strict=True)]
     words = {pair: quick_word(*pair) for pair in pairs}                  # equal answers of a group are compared once
     hard = [pair for pair, word in words.items() if not word]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:        # one thread per worker process, asleep in poll()

@@ -134,29 +134,13 @@ class Score:
 @dataclass
 class Walk:
     """One student beside one teacher trace, as far as it has been judged."""
-    student: list[Step]
-    teacher: list[Step]
-    stop: bool = True                                    # does it end where the student leaves the branch?
+    pairs: list[list[Pair]]                              # of each step that both have: meta, query, answer
+    size: int                                            # teacher steps
     credits: list[float] = field(default_factory=list)   # of each step judged, 0 off the branch
     queries: list[bool] = field(default_factory=list)    # of each step judged: were meta and query the same
     best: float = 0.0                                    # what it would have earned had every judgement that failed said yes
-    left_at: int | None = None                           # the first step off the branch
-
-    def pair(self, kind: str) -> Pair:
-        i = len(self.credits)
-        return kind, getattr(self.teacher[i], kind), getattr(self.student[i], kind)
-
-    @property
-    def ended(self) -> bool:
-        return self.stop and self.left_at is not None or not self.to_come
-
-    @property
-    def to_come(self) -> int:
-        return min(len(self.student), len(self.teacher)) - len(self.credits)
-
-    @property
-    def followed(self) -> int:
-        return len(self.credits) if self.left_at is None else self.left_at
+    followed: int = 0                                    # steps before it left the branch
+    left: bool = False
 
 
 def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
@@ -164,43 +148,44 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
     first, then `query` and `answer` of those still on a branch. Each distinct pair is asked once. A failed judgement (None) makes the score None
     unless it could not have changed it. A student without steps earns 0; without teacher steps there is nothing to follow: None.
     stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
-    walks = [[Walk(s, t, stop) for t in ts] for s, ts in zip(students, teachers, strict=True)]
-    known: dict[Pair, float | None] = {}
+    walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace)], len(trace)) for trace in traces]
+             for student, traces in zip(students, teachers, strict=True)]
+    every, known = [w for group in walks for w in group], {}
 
     def ask(pairs: list[Pair]) -> None:
         new = [p for p in dict.fromkeys(pairs) if p not in known]
         if new:
             known.update((p, a if a == a else None) for p, a in zip(new, judge(new), strict=True))       # NaN is no judgement either
 
-    while active := [w for group in walks for w in group if not w.ended]:
-        ask([w.pair("meta") for w in active])
-        ask([w.pair(kind) for w in active if (known[w.pair("meta")] or 0) >= 0.5 for kind in ("query", "answer")])
+    for i in range(max((len(w.pairs) for w in every), default=0)):
+        active = [w for w in every if i < len(w.pairs) and not (stop and w.left)]
+        ask([w.pairs[i][0] for w in active])
+        ask([pair for w in active if (known[w.pairs[i][0]] or 0) >= 0.5 for pair in w.pairs[i][1:]])
         for w in active:
-            meta, *verdicts = (known.get(w.pair(kind)) for kind in KINDS)
-            if meta is not None and meta >= 0.5:
+            meta, *verdicts = map(known.get, w.pairs[i])
+            same = meta is not None and meta >= 0.5
+            w.left |= not same
+            w.followed += not w.left
+            w.credits.append(same * 0.5 ** sum(v is None or v < 0.5 for v in verdicts))
+            w.queries.append(same and verdicts[0] is not None and verdicts[0] >= 0.5)
+            if same:
                 w.best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
-                w.credits.append(0.5 ** sum(v is None or v < 0.5 for v in verdicts))
-                w.queries.append(verdicts[0] is not None and verdicts[0] >= 0.5)
-            else:
-                if meta is None:                         # had it said yes, this step, and where one stops here every later one, could have earned 1
-                    w.best += w.to_come if stop else 1
-                w.left_at = w.followed
-                w.credits.append(0.0)
-                w.queries.append(False)
-    return [pick(s, {k: w for k, w in enumerate(group) if w.teacher}, normalize) for s, group in zip(students, walks)]
+            elif meta is None:                           # had it said yes, this step, and where one stops here every later one, could have earned 1
+                w.best += len(w.pairs) - i if stop else 1
+    return [pick(s, {k: w for k, w in enumerate(group) if w.size}, normalize) for s, group in zip(students, walks)]
 
 
 def pick(student: list[Step], walks: dict[int, Walk], normalize: bool) -> Score:
     """The best of one student's walks, keyed by teacher trace, as a Score."""
     if not walks:
         return Score(None, structure=student, reason="no teacher steps")
-    scale = {k: len(w.teacher) if normalize else 1 for k, w in walks.items()}
+    scale = {k: w.size if normalize else 1 for k, w in walks.items()}
     values = {k: sum(w.credits) / scale[k] for k, w in walks.items()}
     top = max(walks, key=lambda k: (values[k], walks[k].followed))
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")
-    earned, left_at = walks[top].credits, [w.left_at for w in walks.values()]
-    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), None if None in left_at else max(left_at), top, student, choices=walks[top].queries)
+    earned, left_at = walks[top].credits, max(w.followed for w in walks.values()) if all(w.left for w in walks.values()) else None
+    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student, choices=walks[top].queries)
 
 # ------------------------------------------------------------------------------------------------ the judge and the model
 
@@ -305,13 +290,9 @@ class GSRM:
         teachers = self.teachers(problems, teacher_traces)
         asked = [n for n, trace in enumerate(traces) if len(words(trace)) >= self.min_words]
         read = dict(zip(asked, self.decompose([problems[n] for n in asked], [traces[n] for n in asked])))
-        scores = [Score(0.0, reason="empty trace") for _ in traces]
-        for n in asked:
-            if read[n] is None or not any(teachers[n]):
-                scores[n] = Score(None, structure=read[n] or [], reason="not decomposed" if read[n] is None else "no teacher structure")
-        todo = [n for n in asked if scores[n].value is not None]
-        for n, score in zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize, self.stop)):
-            scores[n] = score
+        todo = [n for n in asked if read[n] is not None]
+        found = dict(zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize, self.stop)))
+        scores = [Score(0.0, reason="empty trace") if n not in read else found.get(n) or Score(None, reason="not decomposed") for n in range(len(traces))]
         self.stats["unscored"] += sum(s.value is None for s in scores)
         self.stats["seconds"] += time.time() - started
         return scores
@@ -322,7 +303,7 @@ class GSRM:
         keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
         new = [pt for pt in flat if keys[pt] not in self.cache]
         self.stats["cache_hits"] += len(flat) - len(new)
-        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps})
+        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps is not None})
         return [[parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
 
     def remember(self, known: dict, name: str, fresh: dict) -> None:

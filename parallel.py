@@ -4,11 +4,13 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...         # the same line on each of two
 
 Master parameters, gradients and AdamW's moments are float32 and sharded. Forward and backward gather a layer at a time, in `dtype`; gradients are summed in
-float32. For sampling every layer stays gathered, so that processes may decode for as long as their rows need without a word to each other (`gathered`).
+float32. For sampling all parameters are gathered into a module of their own, so that processes may decode for as long as their rows need without a word to each
+other, and CUDA graphs find the weights where they were (`gathered`).
 A collective that one process leaves out hangs the others: whoever calls one here calls it on every process, the same number of times.
 
 Left out on purpose: tensor and pipeline parallelism, expert parallelism; one flat list of processes does for the sizes that this method is used at.
 """
+import copy
 import json
 import os
 import types
@@ -116,11 +118,13 @@ def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False)
         raise ValueError(f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be sharded")
     policy = {"mesh": init_device_mesh(model.device.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
               "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()}
+    hollow = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})       # for `gathered`: no weights
     for layer in layers:
         fully_shard(layer, **policy)
     fully_shard(model, **policy, reshard_after_forward=False)
     model.inside = types.MethodType(lambda self, call: call(), model)
     register_fsdp_forward_method(model, "inside")
+    model.__dict__["hollow"] = hollow                    # past Module.__setattr__: it is no part of the model
     return model
 
 
@@ -130,16 +134,22 @@ def inside(model: PreTrainedModel, call: Callable[[], torch.Tensor]) -> torch.Te
 
 
 @contextmanager
-def gathered(model: PreTrainedModel) -> Iterator[None]:
-    """All parameters stay whole on every process, in the dtype of computing, without gradients in mind: for sampling."""
+def gathered(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """All parameters whole on every process, in the dtype of computing, in places that they keep till the end: for sampling. Yields the module to sample from: the same
+    layers without FSDP's hooks (which no CUDA graph can be captured through), on those very parameters; `model` itself where it is not sharded."""
+    if not isinstance(model, FSDPModule):
+        yield model
+        return
     for unit in units(model):
         unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+    for name, module in model.hollow.named_modules():
+        module._parameters.update(model.get_submodule(name)._parameters)
     try:
-        yield
+        yield model.hollow
     finally:
+        for module in model.hollow.modules():
+            module._parameters.update(dict.fromkeys(module._parameters))                    # None: a use of what is freed now would be an error
         for unit in units(model)[::-1]:
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
 

@@ -194,10 +194,9 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     trained, rest, two = s.adapters if lora else s.params, b * s.rest * sharded, 2 * b * s.layer * sharded
     weights, moments, gradients = ((b * s.params if lora else 0) + 4 * trained) / world, 8 * trained / world, 4 * trained / world
     reference = b * s.params / world if config.beta and not lora else 0
-    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference} | ({"teacher": b * teacher.params / world} if teacher else {})
+    at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference, "teacher": b * teacher.params / world if teacher else 0}
     always = {name: 0 if config.offload else size for name, size in at_rest.items()}
-    always |= {"reference's embedding and head": rest * bool(reference), "reward model": b * sum(reader.params for reader in readers)}
-    always |= {"teacher's embedding and head": b * teacher.rest * sharded} if teacher else {}
+    always |= {"reference's embedding and head": rest * bool(reference), "teacher's embedding and head": b * teacher.rest * sharded if teacher else 0, "reward model": b * sum(reader.params for reader in readers)}
     head = config.level == "token"                                            # logprob.py's mode B, else mode A
     wide = min(micro, CHUNK) * s.V * b if head else min(1 << 28, micro * s.V) * b
     head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
@@ -209,11 +208,12 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "scoring": {}, "reference": {"gathered layers": two + (rest if lora else 0), "activations": micro * b * (4 * s.D + 3 * s.I), "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
                          "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
-    if teacher:
-        memory["update"]["teacher's gathered layers"] = 2 * b * teacher.layer * sharded
+    if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
+        memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
-             "update": ((6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params + 2 * (teacher.params if teacher else 0)) * tokens * config.updates_per_batch / FLOPS}
+             "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
+    times["update"] += 2 * teacher.params * tokens * config.updates_per_batch / FLOPS if teacher else 0.0
     reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
@@ -256,7 +256,7 @@ def settings_of(config: object) -> str:
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
     fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
-    student, assumed = read_config(config.model), bool(config.w_structure and not (config.gsrm or config.structure_reward))
+    student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm and not config.structure_reward)
     teacher = shape(read_config(config.teacher)) if config.teacher else None
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)

@@ -1,4 +1,6 @@
-"""Pictures: a run's learning curves (curve.png, small multiples of several runs) and the pass@k curves of two evaluations. Drawn with matplotlib, which is loaded here only."""
+"""Pictures: a run's learning curves (curve.png, small multiples of several runs), the pass@k curves of two evaluations, coloured text, the tree of a teacher's traces.
+Drawn with matplotlib, which is loaded here only."""
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,3 +109,68 @@ def pass_curves(tables: dict[str, dict[str, tuple]], path: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+# ------------------------------------------------------------------------------------------------ texts and trees
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"        # Okabe and Ito: told apart by colour-blind readers too
+
+
+def tint(color: str, share: float = 0.4) -> tuple[float, ...]:
+    """A colour mixed with white, to stand behind black text: share 0 is white, 1 the colour itself."""
+    from matplotlib.colors import to_rgb
+    return tuple(1 - min(max(share, 0.0), 1.0) * (1 - c) for c in to_rgb(color))
+
+
+def painted(paragraphs: list[list[tuple[str, object]]], width: int = 118, size: float = 9.0):
+    """Figure of monospaced text on coloured ground: paragraphs of (text, colour or None) pieces, wrapped at `width` characters; a line break in a text counts as a blank."""
+    from matplotlib.figure import Figure
+    column, line, cells = 0, 0, []                                       # cells: (line, column, text, colour)
+    for pieces in paragraphs:
+        for text, color in pieces:
+            for word in re.findall(r"\s|\S+", text):
+                if column + len(word) > width and column:
+                    column, line = 0, line + 1
+                if word.strip() or column:
+                    cells.append((line, column, word if word.strip() else " ", color))
+                    column += len(word)
+        column, line = 0, line + 1
+    figure = Figure(figsize=((width + 1) * 0.602 * size / 72, (line + 0.3) * 1.5 * size / 72))           # 0.602 em: the advance of DejaVu Sans Mono
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width + 0.5), ylim=(line + 0.15, -0.15))
+    axes.axis("off")
+    for y, x, text, color in cells:
+        if color is not None:
+            axes.barh(y + 0.5, len(text), 0.86, x, color=color, linewidth=0)
+        axes.text(x, y + 0.52, text, family="DejaVu Sans Mono", fontsize=size, va="center_baseline")
+    return figure
+
+
+def rollout_picture(row: dict, path: Path) -> None:
+    """One stored completion with the ground behind each step coloured by what it earned: behind the trace's own lines where there are as many as steps, else behind the steps
+    that GSRM read. ValueError where its steps were not scored."""
+    if not row["steps"] or (row.get("rewards") or row).get("structure") is None:
+        raise ValueError(f"problem {row['id']}, sample {row['sample']}: no scored steps to draw; choose another sample, or evaluate with --gsrm")
+    trace, _, final = row["text"].partition("</think>")
+    lines = [line for line in trace.replace("<think>", "").strip().splitlines() if line.strip()]
+    said = lines if len(lines) == len(row["steps"]) else [f"{meta}: {query}? {answer}" for meta, query, answer, _ in row["steps"]]
+    color = lambda earned: tint(GREEN if earned == 1 else YELLOW if earned else RED, 0.45)
+    steps = [[(line, color(earned)), ("   left the teacher's branch here", None) if i == row["left_at"] else ("", None)] for i, (line, (*_, earned)) in enumerate(zip(said, row["steps"]))]
+    legend = [("follows the teacher", color(1)), ("  ", None), ("half right", color(0.5)), ("  ", None), ("off the branch", color(0)), (f"   structure reward {(row.get('rewards') or row)['structure']:.2f}", None)]
+    painted([[(row.get("problem", ""), None)], [("", None)], *steps, [(final.strip(), None)], [("", None)], legend]).savefig(path, dpi=130)
+
+
+def tree(traces: list[list[str]], root: str, notes: dict[tuple[str, ...], str] | None = None, shades: dict[tuple[str, ...], float] | None = None):
+    """Figure of the tree whose paths are the traces, each a list of step labels: equal beginnings are one branch. A node is named by the labels that lead to it, () is the
+    root; `notes` go under nodes, `shades` from 0 to 1 onto them."""
+    from matplotlib.figure import Figure
+    nodes = {tuple(t[:i]): float(np.mean([k for k, other in enumerate(traces) if other[:i] == t[:i]])) for t in traces for i in range(len(t) + 1)}       # name -> height
+    deepest = max(map(len, traces))
+    figure = Figure(figsize=(1.6 * (deepest + 1), 1.25 * len(traces) + 0.25))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, deepest + 0.5), ylim=(len(traces) - 0.4, -0.55))
+    axes.axis("off")
+    for name, y in nodes.items():
+        if name:
+            axes.plot((len(name) - 1, len(name)), (nodes[name[:-1]], y), color="0.6", linewidth=1.5, zorder=1)
+        axes.text(len(name), y, name[-1] if name else root, ha="center", va="center", fontsize=9, linespacing=1.35, zorder=2,
+                  bbox=dict(boxstyle="round,pad=0.4", facecolor=tint(SKY, (shades or {}).get(name, 0.0)), edgecolor="0.4"))
+        axes.text(len(name), y + 0.36, (notes or {}).get(name, ""), ha="center", va="top", fontsize=9, color=RED)
+    return figure

@@ -11,6 +11,7 @@ predict given completions (teacher forcing), which is what training needs.
 
 Left out on purpose: paged caches, servers, speculative decoding.
 """
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from decode import StaticDecoder, Wave, decode, rows_that_fit
+from decode import StaticDecoder, Wave, decode, difference, rows_that_fit
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Sampler:
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
         takes_numbers = model.config._attn_implementation in ("sdpa", "eager")                              # as a mask, to be added
         self.static = takes_numbers and (model.device.type == "cuda" if static is None else static)
+        self.unproven = model.device.type == "cuda"                                                         # before its first call the static loop is compared with the plain one
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
             raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
@@ -98,13 +100,18 @@ class Sampler:
         if not rows or not max_new:
             none = torch.zeros(len(rows), dtype=torch.int64, device=self.model.device)
             return [(none.new_zeros(len(rows), 0), none.new_zeros(len(rows), 0).float(), none.new_zeros(len(rows), 0).float(), none, none.bool())]
+        settings = {"max_new": max_new, "draws": draws, "stop_ids": self.stop_ids, "pad_id": self.pad_id}
+        if self.static and self.unproven:
+            if other := difference(self.model, rows, **settings):
+                warnings.warn(f"sampling goes on in the plain loop, several times slower; the one for CUDA graphs gave other completions of a few rows: {other}", stacklevel=3)
+            self.static, self.unproven = not other, False
         if self.static:
             if self.model.device.type == "cuda":
                 free = torch.cuda.mem_get_info(self.model.device)[0] + torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
                 per_wave = min(per_wave, rows_that_fit(self.model, longest, free))
-            run = StaticDecoder(self.model, per_wave, longest, max_new, draws, self.stop_ids, self.pad_id).decode
+            run = StaticDecoder(self.model, per_wave, longest, **settings).decode
         else:
-            run = partial(decode, self.model, max_new=max_new, draws=draws, stop_ids=self.stop_ids, pad_id=self.pad_id)
+            run = partial(decode, self.model, **settings)
         return [run(rows[s:s + per_wave], ended=partial(ended, s)) for s in range(0, len(rows), per_wave)]
 
 

@@ -1,7 +1,7 @@
 """The reward model and the truth that a command's flags name, made ready for use: checkpoints, endpoints, rules; for train.py, eval.py and card.py alike.
 
     --gsrm toy/gsrm                              a checkpoint folder, whose gsrm.json may name a judge of its own
-    --gsrm http://127.0.0.1:8000/v1#NAME         a model behind an OpenAI-compatible endpoint          (--judge: the same two)
+    --gsrm http://127.0.0.1:8000/v1#NAME         a model behind an OpenAI-compatible endpoint          (--judge: the same two; #NAME may be left out if there is one)
     --gsrm toy:read                              a rule of the working folder that reads a trace into steps; equal words are its judge
     --structure_reward reward:line_similarity    a function of the working folder that gives the structure reward itself, without reading steps
 """
@@ -66,12 +66,21 @@ def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float3
     """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
     if path.startswith(URLS):
         url, _, name = path.partition("#")
-        if not name:
-            raise ValueError(f"{path}: which model? write it behind a #, as in {url}#Qwen/Qwen2.5-7B-Instruct")
         return Endpoint(url, name, max_new_tokens)
     model, tokenizer = load_model(path, device, dtype)
     return TextModel(sampler_of(model, tokenizer, cache_gb), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
                      partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
+
+
+def served(path: str) -> str:
+    """URL#MODEL where a URL leaves the model out and its server has a single one, else the path as it is; ValueError where it has none or several."""
+    url, _, name = path.partition("#")
+    if name or not path.startswith(URLS):
+        return path
+    names = Endpoint(url, "", 1).models()
+    if len(names) != 1:
+        raise ValueError(f"{path}: which model{f' of {len(names)}' * bool(names)}? write it behind a #, as in {url}#{names[0] if names else 'Qwen/Qwen2.5-7B-Instruct'}")
+    return f"{url}#{names[0]}"
 
 
 def is_rule(gsrm: str) -> bool:
@@ -97,7 +106,7 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
         if judge:
             raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize, stop=stop)
-    judge = judge_of(gsrm, judge)
+    gsrm, judge = served(gsrm), served(judge_of(gsrm, judge))
     reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb)
 
     def named(path: str) -> str:

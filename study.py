@@ -10,7 +10,9 @@ evaluated by the same commands on the same held-out problems. A finished (regime
 study goes on. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
 """
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,8 +26,10 @@ from threading import Lock
 import numpy as np
 from tqdm import tqdm
 
+import evidence
 from command import Parser, at_least, ending, folder
 from data import append_jsonl, read_jsonl
+from grade import pass_at_k
 from report import by_problem, correlation, structure_report, summary
 
 ROOM = 200                                                # tokens of a completion in training: the longest walk in the teacher's wordy voice fits
@@ -59,8 +63,7 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["base", "sft 512", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
-METRICS = {"greedy": "greedy", "sampled": "sampled", "pass@64": "pass@64", "structure": "true structure", "choice": "choice", "answer": "answer on branch", "paths": "paths", "length": "length",
-           "larger": "larger", "other": "reworded"}       # figures that every run has -> head of their column
+NEEDED = ("greedy", "sampled", "pass@64", "found@64", "structure", "choice", "answer", "paths", "length", "larger", "other", "left", "seconds", "commands")     # of a line of the results
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 
 
@@ -89,23 +92,26 @@ def run(command: str, threads: int, log: Path) -> None:
         raise RuntimeError(f"{command} ended with status {code}: {log.read_text().splitlines()[-1]} (all that it said: {log})")
 
 
-def paths_found(rows: list[dict]) -> float:
-    """Different right walks per problem: the answer is right and the last step found it (no guess), and the reasons and sub-problems, in order, are not another one's."""
-    walks = lambda group: {tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if r["correct"] and r["steps"] and r["steps"][-1][2] == r["answer"]}
-    return float(np.mean([len(walks(group)) for group in by_problem(rows).values()]))
+def found(row: dict) -> bool:
+    """Is the answer right and no guess: the last step adds up the person who is asked for, and finds it?"""
+    target = re.search(r"How many has (\w+)|(\w+) has how many", row["problem"])
+    last = row["steps"][-1] if row["steps"] else ["", "", "", 0.0]
+    return bool(row["correct"] and last[1] == f"{target[1] or target[2]} makes what" and last[2] == row["answer"])
 
 
 def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> dict[str, float | list[float]]:
     """The study's measures of one student: `sampled` on the test set, `transfer` on the two others, `greedy` on all three."""
     of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
     means, (branch, steps), k = summary(sampled), structure_report(sampled), sum(r["id"] == sampled[0]["id"] for r in sampled)
+    walks = [[tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if found(r)] for group in by_problem(sampled).values()]          # the right ones of each problem
+    guessless = {f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())}
     out = {"greedy": summary(of(greedy, "test"))["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")}, "structure": means["structure"][0],
-           "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0], "paths": paths_found(sampled), "length": means["length"][0], "truncated": means["truncated"][0]}
+           "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0], "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
     for name in ("larger", "other"):
         rows = of(transfer, name)
         some = summary(rows)
         out |= {name: next(v[0] for m, v in some.items() if m.startswith("mean@")), f"{name} greedy": summary(of(greedy, name))["mean@1"][0], f"{name} structure": some["structure"][0]}
-    return out | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": sum(r["left_at"] is None and bool(r["steps"]) for r in sampled) / len(sampled)}
+    return out | guessless | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": sum(r["left_at"] is None and bool(r["steps"]) for r in sampled) / len(sampled)}
 
 
 def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
@@ -115,11 +121,11 @@ def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
     log = [row for _, row in read_jsonl(out / "log.jsonl")]
     names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length", "entropy": "entropy"}
     mean = lambda rows, key: round(float(np.mean([row[key] for row in rows])), 4)
-    found: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
+    curves: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
     if "rewards/structure/mean" in log[0]:
         last = [{"structure": row["rewards"]["structure"], "true_structure": row["true_structure"]} for _, row in read_jsonl(out / "rollouts.jsonl") if row["step"] > len(log) - 24]
-        found |= {"gap": mean(log[-24:], "rewards/structure/mean") - mean(log[-24:], "true_structure"), "r": correlation([row for row in last if row["structure"] is not None])}
-    return found
+        curves |= {"gap": mean(log[-24:], "rewards/structure/mean") - mean(log[-24:], "true_structure"), "r": correlation([row for row in last if row["structure"] is not None])}
+    return curves
 
 
 def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
@@ -137,28 +143,36 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
         with _made[path]:
             if not (path / "model.safetensors").exists():
                 shutil.rmtree(path, ignore_errors=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                run(command, threads, path.parent / "log.txt")
+                place = path.parent if path.name == "model" else path
+                place.mkdir(parents=True, exist_ok=True)
+                run(command, threads, place / "log.txt")
     for name, command in zip(EVALS, evals):
         for end in (".jsonl", ".settings.json"):
             (out / f"{name}{end}").unlink(missing_ok=True)
         run(command, threads, out / "log.txt")
     rows = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in EVALS}
-    found = figures(rows["test"], rows["transfer"], rows["greedy"]) | training(out)
-    for large in (*(out / f"{name}.jsonl" for name in EVALS), out / "rollouts.jsonl"):
-        large.unlink(missing_ok=True)                     # 50 MB a run
+    measured = figures(rows["test"], rows["transfer"], rows["greedy"]) | training(out)
+    for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
+        large.unlink(missing_ok=True)                     # 40 MB a run
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    numbers = {name: round(value, 5) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in found.items()}
+    numbers = {name: (round(value, 5) if math.isfinite(value) else None) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in measured.items()}
     return {"regime": regime, "arm": arm, "seed": seed, **numbers, "seconds": round(time.time() - started), "commands": commands + evals}
 
 
 def read_results(path: Path) -> list[dict]:
     """The runs in a results file; ValueError names the line that is none."""
-    rows, wanted = read_jsonl(path), ("regime", "arm", "seed", *METRICS)
+    rows, wanted = read_jsonl(path), ("regime", "arm", "seed", *NEEDED)
     for where, row in rows:
         if not isinstance(row, dict) or (missing := next((name for name in wanted if name not in row), None)):
             raise ValueError(f"{where}: no line of a study" + (f", it has no {missing!r}" if isinstance(row, dict) else "") + ": give a file that `python study.py run` wrote")
+        if row["regime"] not in REGIMES or row["arm"] not in ARMS:
+            raise ValueError(f"{where}: this study has no arm {row['arm']!r} in a regime {row['regime']!r}: was it written by an older study.py?")
     return [row for _, row in rows]
+
+
+def order(row: dict) -> tuple[int, int, int]:
+    """Where a line of the results stands in the tables, in whatever order the runs ended."""
+    return list(REGIMES).index(row["regime"]), list(ARMS).index(row["arm"]), row["seed"]
 
 
 def go_on(args) -> None:
@@ -194,6 +208,14 @@ def main() -> None:
         vars(args).update(QUICK)
     if args.command == "run":
         go_on(args)
+    if not args.results.exists() or not (rows := read_results(args.results)):
+        parser.error(f"no results at {args.results}: run the study first")
+    template, rows = Path(__file__).parent / "docs/study.md", sorted(rows, key=order)
+    written = evidence.report(rows, args.results.with_suffix(".md"), template)
+    if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
+        readme = template.parent.parent / "README.md"
+        readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), evidence.blocks(rows)), encoding="utf-8")
+    print(evidence.blocks(rows)["study-short"] + f"\n\nwrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

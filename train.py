@@ -40,7 +40,7 @@ from gsrm import GSRM
 from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head
-from update import reference_logp, update
+from update import load_teacher, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
@@ -190,15 +190,6 @@ class Run:
     teacher: PreTrainedModel | None = None
 
 
-def load_teacher(config: Config, tokenizer: Tokenizer) -> PreTrainedModel:
-    """The frozen teacher model of on-policy distillation; ValueError where its tokens are not the student's."""
-    teacher, other = load_model(config.teacher, config.device, config.dtype)
-    if len(other) != len(tokenizer) or any(other.decode([i]) != tokenizer.decode([i]) for i in range(len(tokenizer))):
-        raise ValueError(f"--teacher {config.teacher}: its tokenizer is not the student's, so their probabilities cannot be compared; choose a model of the same family, or use its traces")
-    check_head(teacher)
-    return teacher.requires_grad_(False)
-
-
 def set_up(config: Config, out: Path) -> Run:
     """Models, sampler, reward model and optimiser at the start of a run."""
     torch.manual_seed(config.seed)
@@ -209,13 +200,12 @@ def set_up(config: Config, out: Path) -> Run:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
     sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device
     reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
-    teacher = load_teacher(config, tokenizer) if config.teacher else None
+    teacher = load_teacher(config.teacher, tokenizer, config.device, config.dtype) if config.teacher else None
     if config.gradient_checkpointing:
         parallel.recompute(model)
     if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
         for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
             parallel.shard(net, config.dtype, config.offload)
-        sampler.static = False                            # graphs want weights that stay where they are
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
     gsrm = evaluation.OwnReward(config.structure_reward) if config.structure_reward else evaluation.load_gsrm(
         config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb,
@@ -230,7 +220,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     chosen = [run.problems[i] for i in cursor(len(run.problems), config.problems_per_step, config.seed, step)]
     asked = {i: problem_ids(tokenizer, chosen[i], config.instruction) for i in mine}
     rows = [i for i in mine for _ in range(config.group_size)]
-    with parallel.gathered(model):
+    with parallel.gathered(model) as run.sampler.model:
         rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
@@ -262,8 +252,8 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
 
 def measure(run: Run, held_out: list[Problem], path: Path) -> str:
     """Evaluates the student on the first process, the others wait; -> the means in words."""
-    with parallel.gathered(run.model):
-        return evaluation.before_after(run.model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
+    with parallel.gathered(run.model) as model:
+        return evaluation.before_after(model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
 
 
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
@@ -314,7 +304,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return plan.show(config, evaluation.checkpoints_of(config.gsrm, config.judge), world()) if rank() == 0 else None
+        return plan.show(config, evaluation.checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
     start, passed = start_folder(out, asdict(config), config.resume)
     for why in passed:

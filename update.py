@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from data import Tokenizer, load_model
 from grpo import denominator, grpo_loss
 from logprob import linear_kl, linear_logprob, linear_policy_loss
 from parallel import all_max, all_sum, inside, plain, world
-from rollout import Rollout, micro_batches, predictors
+from rollout import Rollout, check_head, micro_batches, predictors
 
 
 class Settings(Protocol):
@@ -53,6 +54,15 @@ def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Ro
         if rows:
             out[rows] = torch.zeros_like(out[rows]).masked_scatter(rollout.mask[rows], logp)
     return out
+
+
+def load_teacher(path: str, tokenizer: Tokenizer, device: str, dtype: str) -> PreTrainedModel:
+    """The frozen teacher model of on-policy distillation; ValueError where its tokens are not the student's."""
+    teacher, other = load_model(path, device, dtype)
+    if len(other) != len(tokenizer) or any(other.decode([i]) != tokenizer.decode([i]) for i in range(len(tokenizer))):
+        raise ValueError(f"--teacher {path}: its tokenizer is not the student's, so their probabilities cannot be compared; choose a model of the same family, or use its traces")
+    check_head(teacher)
+    return teacher.requires_grad_(False)
 
 
 @torch.no_grad()

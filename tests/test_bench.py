@@ -22,11 +22,14 @@ def test_turns_are_taken_and_the_slow_and_the_broken_drop_out(monkeypatch: pytes
             now[0] += 3 * seconds if order.count(name) == 1 and name == "ours" else seconds
             if error:
                 raise error("no such kernel")
+            if name == "other":
+                torch.zeros(1000) + torch.ones(1000)                               # three thousand floats at once
             return [60, 40]
         return run
-    rate, notes = bench_rl.take_turns({"ours": peer("ours", 1), "other": peer("other", 2), "slow": peer("slow", 50), "absent": peer("absent", 0, ImportError),
+    rate, memory, notes = bench_rl.take_turns({"ours": peer("ours", 1), "other": peer("other", 2), "slow": peer("slow", 50), "absent": peer("absent", 0, ImportError),
                                        "broken": peer("broken", 0, RuntimeError)}, 3, 10.0)
     assert rate == {"ours": 100.0, "other": 50.0, "slow": 2.0}                     # the warm-up is no measurement, but all that a slow one has
+    assert memory == {"ours": 0, "other": 12000, "slow": 0}
     assert notes == {"slow": "one run", "absent": "absent", "broken": "RuntimeError: no such kernel"}
     assert order == ["ours", "other", "slow", "absent", "broken", *["ours", "other"] * 3]
     with pytest.raises(RuntimeError, match="no such kernel"):                      # ours may not fail

@@ -1,5 +1,6 @@
 """Cases and numbers for convert.py: rows in the public schemas, every kind of bad row, contamination, whole files, real data. `python -m pytest tests/test_convert.py`"""
 import json
+import math
 import random
 import re
 import runpy
@@ -112,6 +113,8 @@ def test_openthoughts_in_both_configs() -> None:
     assert (record["answer"], record["teachers"], record["domain"]) == ("4", ["Two and two, so \\boxed{9}? No."], "math")
     code = [{"from": "user", "value": "Generate an executable Python function"}, TALK["conversations"][1]]
     assert openthoughts({**TALK, "conversations": code})["domain"] == "other"
+    third = [{"from": name, "value": turn["value"]} for name, turn in zip(("human", "gpt"), TALK["conversations"])]
+    assert openthoughts({"conversations": third}) == record                                          # OpenThoughts3's names
     unboxed = {"from": "assistant", "value": TALK["conversations"][1]["value"].replace("It is \\boxed{4}.", "It is 4.")}
     assert openthoughts({**TALK, "conversations": [code[0], unboxed]}) == "no \\boxed{} answer"      # what the thought boxed does not count
 
@@ -237,6 +240,29 @@ def test_a_line_that_is_not_json_is_one_bad_row(tmp_path: Path, capsys: pytest.C
     assert "1 bad rows" in capsys.readouterr().out
 
 
+def test_whatever_stands_in_a_row_it_is_a_problem_or_a_named_fault(tmp_path: Path) -> None:
+    """3,000 rows with fields taken out or put to something else: nothing but ValueError is raised, each row is counted once."""
+    rng, shapes = random.Random(0), [*GOOD.items(), ("openthoughts", TALK), ("s1k", S1_FIRST)]
+    values = [None, True, 0, -1, 3.5, math.inf, "", " ", "x", "\\boxed{", "<think>", "</think>", "\ud800", "\0", [], {}, [None], [[]], [{}], ["a"], [1], {"a": 1}, [True, False], "9" * 50,
+              [{"from": "user", "value": 1}, {"from": "assistant", "value": None}], [{"from": ["user"]}]]
+    for n in range(3000):
+        name, row = rng.choice(shapes)
+        row = {key: rng.choice(values) if rng.random() < 0.2 else value for key, value in row.items() if rng.random() < 0.95}
+        row = {"row": row, "truncated_cells": rng.choice(values)} if n % 10 == 0 else row
+        counts, lists = Counter(), convert.defaultdict(list)
+        written = list(convert.records([(1, ("here", row))], name, CONVERTERS[name][0], set(), True, counts, lists))
+        skipped = sum(count for what, count in counts.items() if what.startswith("rows skipped"))
+        assert counts["rows read"] == 1 == len(written) + skipped + len(lists["bad rows passed over"]) and counts["written"] == len(written)
+
+
+def test_what_is_nested_too_deeply_is_one_bad_row(tmp_path: Path) -> None:
+    source, out = file_of(tmp_path, [GSM, "[" * 100_000, GSM]), tmp_path / "out.jsonl"
+    assert refused("gsm8k", source, out).startswith(f"{source}, row 2: maximum recursion depth exceeded")
+    assert len(run("gsm8k", source, out, "--skip_bad")) == 2
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "deep.json: maximum recursion" in refused("gsm8k", tmp_path / "deep.json", tmp_path / "other.jsonl")
+
+
 def test_the_first_20_bad_rows_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = file_of(tmp_path, [GSM, *[{**GSM, "question": ""}] * 23])
     assert len(run("gsm8k", source, tmp_path / "out.jsonl", "--skip_bad")) == 1
@@ -257,6 +283,13 @@ def test_every_converter_from_every_kind_of_file(tmp_path: Path) -> None:
         assert lines[1:] == [""] and list(json.loads(lines[0])) == ["id", "problem", "answer", "teachers", "domain"]
         assert bool(found[0][0].teachers) == (name in ("openr1", "openthoughts", "s1k", "gsm8k"))
     assert [p.problem for p in load_problems(tmp_path / "openr1.out.jsonl")] == ["What is $1+1$?"] and load_problems(tmp_path / "openr1.out.jsonl")[0].id == R1["uuid"]
+
+
+def test_lines_under_the_name_json_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (source := tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in questions("One?", "Two?")) + b"\r\n")
+    assert [p.problem for p in run("gsm8k", source, tmp_path / "a.jsonl")] == ["One?", "Two?"]
+    source.write_text(json.dumps(GSM) + "\n{broken\n")
+    assert refused("gsm8k", source, tmp_path / "b.jsonl").startswith(f"{source}, row 2: not valid JSON")
 
 
 def test_instructions_of_other_projects_are_taken_off(tmp_path: Path) -> None:
@@ -425,7 +458,7 @@ def test_exclusion_of_evaluation_problems(tmp_path: Path, capsys: pytest.Capture
     got = run("gsm8k", source, tmp_path / "out.jsonl", "--exclude", held, short)
     assert [p.id for p in got] == ["gsm8k-1"] + ["gsm8k-2"] * (not dropped)
     told = capsys.readouterr().out
-    assert ("1 dropped by --exclude: gsm8k-2\n" in told) == dropped and f"2 rows read\n{2 - dropped} written\n" in told
+    assert ("1 dropped by --exclude: gsm8k-2\n" if dropped else "0 dropped by --exclude\n") in told and f"2 rows read\n{2 - dropped} written\n" in told
 
 
 def test_exclusion_names_the_first_20_and_takes_what_convert_wrote(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -122,7 +122,12 @@ def test_skip_bad_counts_and_lists_every_bad_line_and_tells_what_repeats(tmp_pat
     with pytest.raises(ValueError, match="holds no problems"):
         load_problems(file_of(tmp_path, "{broken", "[]"), skip_bad=True)
     load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2", "problem": "Other?"}), skip_bad=True)
-    assert capsys.readouterr().err.count("\n") == 3                  # the failed file's heading and its two lines; of a clean file nothing is said
+    load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2"}))
+    assert capsys.readouterr().err.split("\n")[3:] == [f"1 problems of {path} repeat an earlier one, and were kept:", f"  {path}:2: 'p2' reads as 'p1'", ""]     # also without skip_bad
+    load_problems(file_of(tmp_path, *({**GOOD, "id": str(n)} for n in range(22))))
+    assert (err := capsys.readouterr().err).startswith("21 problems of") and err.endswith(f"  {path}:21: '20' reads as '0'\n  ...\n")
+    load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2", "problem": "Other?"}))
+    assert not capsys.readouterr().err                               # the failed file's heading and its two lines; of a clean file nothing is said
 
 
 def test_hashes_name_a_file_and_a_template(tmp_path: Path) -> None:

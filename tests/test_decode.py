@@ -2,15 +2,21 @@
 `python -m pytest tests/test_decode.py`"""
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+import decode as D
+import parallel
 import rollout as R
 from decode import StaticDecoder, row_bucket, rows_that_fit
+from logprob import linear_logprob
 from rollout import Rollout, Sampler
 
 EOS = PAD = 2
@@ -139,7 +145,7 @@ class NoHost(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
         mask = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2", "scalar_tensor") and not mask, name
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2", "scalar_tensor", "lift_fresh") and not mask, name
         return func(*args, **(kwargs or {}))
 
 
@@ -158,6 +164,103 @@ def test_a_step_never_waits_for_the_host_and_keeps_its_places(kind: str, top_p: 
     assert len(addresses) == 1
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHost():
         bool(torch.ones(1) > 0)
+
+
+class OneDevice(NoHost):
+    """Raises where a tensor of another device than "meta" takes part, as where something is copied from the host."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        assert all(x.device.type == "meta" for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)), func
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_takes_nothing_from_the_host(kind: str, dtype: torch.dtype) -> None:
+    """On a device that is not the host's: every tensor of a step is there before it."""
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(model(kind).config, dtype=dtype).eval()
+    decoder = StaticDecoder(net, 6, 30, 10, (0.7, 0.9), torch.tensor([1], device="meta"), PAD)
+    decoder.room = [tuple(torch.empty(6, 2, 32, 8, dtype=dtype, device="meta") for _ in range(2)) for _ in range(2)]
+    with torch.inference_mode(), OneDevice():
+        decoder.step(4, 16)
+    with pytest.raises(AssertionError, match="lift_fresh"), OneDevice():
+        torch.ones(3, device="meta") * torch.tensor(2.0)
+
+
+class Tape(NoHost):
+    """What a CUDA graph is: the operations of one run and the places that they read and wrote, done again without Python."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():           # neither a view nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """torch.cuda's part, played on the CPU: all of StaticDecoder is run as it would be on a GPU, its graphs are tapes. -> those made."""
+    made, init, stream, decoder = [], StaticDecoder.__init__, SimpleNamespace(wait_stream=lambda other: None), []
+
+    def with_graphs(self: StaticDecoder, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        self.use_graphs = True
+        decoder[:] = [self]
+
+    @contextmanager
+    def warm_up(s: object) -> Iterator[None]:
+        """Its traces wiped out, for a tape does what it records, and the place behind may be out of the bucket."""
+        state = [(x, x.clone()) for x in (decoder[0].token, decoder[0].position, decoder[0].t, decoder[0].slot)]
+        yield
+        for x, old in state:
+            x.copy_(old)
+
+    @contextmanager
+    def graph(tape: Tape, pool: str, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert pool == "a pool" and capture_error_mode == "thread_local"
+        made.append(tape)
+        with tape:
+            yield
+    monkeypatch.setattr(StaticDecoder, "__init__", with_graphs)
+    for name, part in {"Stream": lambda device: stream, "current_stream": lambda device: stream, "stream": warm_up, "graph_pool_handle": lambda: "a pool",
+                       "CUDAGraph": Tape, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "attention", "temperature", "top_p"), [("qwen2", "sdpa", 1.0, 1.0), ("qwen3", "sdpa", 0.7, 0.8), ("llama", "eager", 0.0, 1.0)])
+def test_a_recorded_step_is_the_step(kind: str, attention: str, temperature: float, top_p: float, decoders: list[StaticDecoder], tapes: list[Tape]) -> None:
+    """Nothing but what was recorded once in a bucket runs for its later steps, and the samples are the plain loop's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, static = both(model(kind, attention), 8, 40, temperature, top_p, seed=2, max_rows=20)
+    check_equal(plain, static)
+    assert len(tapes) == len(decoders[-1].graphs) >= 4 and decoders[-1].use_graphs
+
+
+def test_graphs_do_not_outlive_the_weights_that_they_read(tapes: list[Tape]) -> None:
+    """Between two calls of one sampler: weights changed in place as by an optimiser, loaded, and put elsewhere."""
+    net = AutoModelForCausalLM.from_config(model().config).eval()
+    sampler, before = Sampler(net, STOPS, PAD, static=True), None
+    changes = [lambda: [p.mul_(1.5) for p in net.parameters()], lambda: net.load_state_dict(model().state_dict()),
+               lambda: net.load_state_dict({name: x.clone() * 1.2 for name, x in model().state_dict().items()}, assign=True)]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        plain, static = Sampler(net, STOPS, PAD, static=False).generate(PROMPTS, 3, 14, 1.0), sampler.generate(PROMPTS, 3, 14, 1.0)
+        check_equal(plain, static)
+        assert before is None or not torch.equal(before.logp[:, 0], static.logp[:, 0])
+        before = static
+    assert len(tapes) >= 3
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capture: Callable[[StaticDecoder, int, int], Callable[[], None]]) -> list[tuple[int, int]]:
@@ -221,10 +324,118 @@ def test_without_a_graph_that_agrees_sampling_goes_on_plainly(broken: Callable, 
     assert len(caught) == 1 and len(keys) == (1 if broken is not goes_wrong_later else len(keys)) and not decoders[-1].use_graphs and not decoders[-1].graphs
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_replay_that_leaves_no_token_is_noticed(decoders: list[StaticDecoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-prob and entropy in place, the token not."""
+    def keeps_the_token(self: StaticDecoder, r: int, l: int) -> Callable[[], None]:
+        def replay() -> None:
+            tokens = self.tokens.clone()
+            self.step(r, l)
+            self.tokens.copy_(tokens)
+        return replay
+    pretend(monkeypatch, keeps_the_token)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        check_equal(*both(model(), 6, 21))
+
+# ------------------------------------------------------------------------------------------------ the comparison before the first call
+
+
+def ask(net: PreTrainedModel, count: int = 40, temperature: float = 1.0) -> str:
+    rows = [(i, prompt, torch.rand(count, generator=torch.Generator().manual_seed(10 * i + g)).numpy()) for i, prompt in enumerate(PROMPTS) for g in range(3)]
+    with torch.inference_mode():
+        return D.difference(net, rows, count, (temperature, 1.0), torch.tensor(sorted(STOPS)), PAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_loops_agree_before_the_first_call(dtype: torch.dtype, temperature: float) -> None:
+    net = AutoModelForCausalLM.from_config(model().config, dtype=dtype).eval()
+    net.load_state_dict(model().state_dict())
+    assert [ask(net, count, temperature) for count in (40, 1)] == ["", ""]
+
+
+def other_tokens(keep: Callable, self: StaticDecoder, r: int, logits: torch.Tensor) -> None:
+    keep(self, r, logits.roll(1, -1))
+
+
+def other_numbers(keep: Callable, self: StaticDecoder, r: int, logits: torch.Tensor) -> None:
+    keep(self, r, logits)
+    self.logp += 0.1
+
+
+def no_room(keep: Callable, self: StaticDecoder, r: int, logits: torch.Tensor) -> None:
+    raise RuntimeError("no kernel for this")
+
+
+@pytest.mark.parametrize(("wrong", "words"), [(other_tokens, r"\d+ of \d+ tokens are others"), (other_numbers, r"0\.\d+ nats off"), (no_room, "it fails: no kernel for this")])
+def test_a_static_loop_that_differs_is_not_used(wrong: Callable, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call gives the plain loop's completions and says in a warning why; later calls ask no more."""
+    sampler = Sampler(model(), STOPS, PAD, static=True)
+    want = sampler.generate(PROMPTS, 3, 14, 1.0)
+    monkeypatch.setattr(StaticDecoder, "keep", lambda self, r, logits, keep=StaticDecoder.keep: wrong(keep, self, r, logits))
+    sampler.unproven, heard = True, []
+    with pytest.warns(UserWarning, match=words) as caught:
+        got = sampler.generate(PROMPTS, 3, 14, 1.0, on_finish=lambda row, ids: heard.append(row))
+    assert len(caught) == 1 and torch.equal(got.tokens, want.tokens) and sorted(heard) == list(range(12)) and not sampler.static
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.generate(PROMPTS, 3, 14, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ a sharded model, and a real GPU
+
+
+def sample_from_shards(device: str) -> None:
+    """Masters in float32, sampling in bfloat16: three steps, the weights changed between them; no warning; log-probs are the trainer's."""
+    net = AutoModelForCausalLM.from_config(model().config).to(device).eval()
+    net.load_state_dict(model().state_dict())
+    sampler = Sampler(net, STOPS, PAD, static=True)
+    parallel.shard(net, "bfloat16")
+    try:
+        for seed in range(3):
+            with warnings.catch_warnings(), parallel.gathered(net) as sampler.model:
+                warnings.simplefilter("error")
+                rollout = sampler.generate(PROMPTS, 8, 60, 1.0, seed=seed)
+                assert sampler.static and len(set(rollout.lengths.tolist())) > 5
+                with torch.no_grad():
+                    hidden, targets = R.predictors(sampler.model, [PROMPTS[n // 8] for n in range(32)], [rollout.completion(n) for n in range(32)])
+                    logp = linear_logprob(hidden.float(), sampler.model.lm_head.weight.float(), targets)[0]
+            assert (logp - rollout.logp[rollout.mask]).abs().mean() < 0.05
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(1.1)
+    finally:
+        parallel.finish()
+
+
+def test_graphs_of_a_sharded_model(tapes: list[Tape]) -> None:
+    sample_from_shards("cpu")
+    assert len(tapes) >= 9
+
+
+def on_a_gpu(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
+@on_a_gpu
+def test_graphs_of_a_sharded_model_on_a_gpu() -> None:
+    sample_from_shards("cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_on_a_gpu_are_those_of_a_cpu(top_p: float) -> None:
+    """A real vocabulary, most of it next to impossible: a scan in float32 would hit such tokens, even those outside the nucleus."""
+    g = torch.Generator().manual_seed(0)
+    logits, u = 4 * torch.randn(512, 151936, generator=g), torch.rand(512, generator=g)
+    (token, logp, entropy), (want, logp_want, entropy_want) = (D.draw(logits.to(device), u.to(device), 1.0, top_p) for device in ("cuda", "cpu"))
+    same = token.cpu() == want
+    assert same.float().mean() > 0.98 and logp.isfinite().all()
+    assert (logp.cpu() - logp_want)[same].abs().max() < 1e-3 and (entropy.cpu() - entropy_want).abs().max() < 1e-3
+
+
+@on_a_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_on_a_gpu(kind: str) -> None:
+def test_graphs_on_a_gpu(kind: str, decoders: list[StaticDecoder]) -> None:
     """Real graphs against the plain loop on the same device, float32."""
     net = AutoModelForCausalLM.from_config(model(kind).config).to("cuda").eval()
     net.load_state_dict(model(kind).state_dict())
@@ -233,3 +444,4 @@ def test_graphs_on_a_gpu(kind: str) -> None:
         plain, static = both(net, 16, 90, seed=2)
         check_equal(plain, static, 1e-3)
         check_equal(*both(net, 16, 30, 1.0, 0.8, max_rows=24), 1e-3)
+    assert all(decoder.use_graphs and decoder.graphs for decoder in decoders)

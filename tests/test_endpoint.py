@@ -25,6 +25,7 @@ import endpoint as module
 from data import Problem, TiktokenTokenizer, chat_ids, read_jsonl, write_jsonl
 from endpoint import EXAMPLES, TASK, Answer, Endpoint, EndpointDown, annotate, annotate_main, annotation_prompt, read_answer, read_p_yes
 from gsrm import GSRM, JUDGE, KINDS, NO_STEPS, TAGS, Step, decompose_prompt, faithful, format_steps, judge_by, judge_prompt, kept, neutralise, parse_steps
+from scorer import load_gsrm
 from sft import Config, load_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +57,16 @@ class Fake:
     def __init__(self, port: int = 0):
         self.behave: Callable[[dict], Reply] = lambda body: ok(text_of(body))
         self.bodies, self.headers, self.times, self.active, self.peak, self.lock = [], [], [], 0, 0, threading.Lock()
-        fake = self
+        fake, self.listing = self, b""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.send_response(200 if self.path == "/v1/models" else 404)
+                self.send_header("Content-Length", str(len(fake.listing)))
+                self.end_headers()
+                self.wfile.write(fake.listing)
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -192,9 +199,11 @@ def test_no_json_makes_the_reader_raise(message: object, logprobs: object, usage
     ({"Yes": -0.2, "nope": -1.0, "y": -2.0}, 1.0),
     ({"Not": -0.2, "NO": -1.0, "yesterday": -2.0}, 0.0),
     ({"**": -0.1, "yes": -9.0, "no": -8.0}, 1 / (1 + math.exp(1))),
+    ({"<think>": -0.001, "yes": -9.1, "no": -30.0}, 1 / (1 + math.exp(-20.9))),
+    ({"<think>": -0.001, "yes": -9.3}, None),                        # 0.0000914: noise behind something else
 ])
-def test_p_yes_from_log_probs(top: dict[str, float], expected: float) -> None:
-    assert read_p_yes(Answer("whatever is said", "stop", top, (0, 0))) == pytest.approx(expected, abs=1e-12)
+def test_p_yes_from_log_probs(top: dict[str, float], expected: float | None) -> None:
+    assert read_p_yes(Answer("whatever is said", "stop", top, (0, 0))) == (expected and pytest.approx(expected, abs=1e-12))
 
 
 @pytest.mark.parametrize(("text", "expected"), [("yes", 1), (" Yes.", 1), ("YES", 1), ("**Yes**, they do", 1), ("no", 0), ("No, they", 0),
@@ -538,6 +547,21 @@ def test_gsrm_through_an_outage(fake: Fake, make: Callable[..., Endpoint], tmp_p
     assert [s.value for s in fresh(["P"], [teacher], [[teacher]])] == [1.0] and fresh.stats["cache_hits"] == 1
     assert gsrm.stats["unscored"] == 4
 
+
+@pytest.mark.parametrize(("body", "said"), [(b'{"object": "list", "data": [{"id": "org/one", "object": "model"}]}', "org/one"),
+                                            (b'{"data": [{"id": "a"}, {"id": "b"}]}', "which model of 2? write it behind a #, as in {}#a"), (b'{"data": []}', "which model?"),
+                                            (b"<html>", "which model?"), (b"[]", "which model?"), (b'{"data": [3]}', "which model?"), (b'{"error": "no"}', "which model?")])
+def test_a_server_with_one_model_needs_no_name(body: bytes, said: str, fake: Fake, tmp_path: Path) -> None:
+    fake.listing, fake.behave = body, reward_model
+    if "which" in said:
+        with pytest.raises(ValueError, match=re.escape(said.format(fake.url))):
+            load_gsrm(fake.url, "", None, "cpu")
+        assert not fake.hits
+        return
+    teacher, gsrm = "one has a 1 then b 2", load_gsrm(fake.url, f"{fake.url}#judge", tmp_path / "cache.jsonl", "cpu")
+    assert gsrm(["P"], [teacher + " but not c 3"], [[teacher]])[0].value is not None and {body["model"] for body in fake.bodies} <= {said, "judge"}
+    assert said in gsrm.name and gsrm.judge_name.startswith(f"{fake.url}#judge")         # so another model behind the same URL does not meet this one's cache
+
 # ------------------------------------------------------------------------------------------------ annotation
 
 
@@ -638,6 +662,13 @@ def test_two_models_do_not_meet_each_others_annotations(fake: Fake, tmp_path: Pa
         annotate_main(again)
         assert fake.hits == 24 and len(rows_of(record)) == 23 == len({(row["model"], row["key"]) for row in rows_of(record)})
     assert out.read_bytes() == big
+
+
+def test_without_out_the_pairs_are_named_after_the_data(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.behave, data = annotator, problems_file(tmp_path, PROBLEMS)
+    monkeypatch.chdir(tmp_path)
+    annotate_main([data, "--url", fake.url, "--model", "m"])
+    assert len(rows_of(tmp_path / "out" / "problems.pairs.jsonl")) == 12
 
 
 def test_limit_takes_the_first_problems(fake: Fake, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data import Problem, TiktokenTokenizer, chat_ids
 from eval import load_gsrm
+from grade import grade_all
 from gsrm import (
     DECOMPOSE,
     GSRM,
@@ -137,6 +138,8 @@ def test_without_the_stop_rule_the_steps_behind_a_divergence_count() -> None:
     assert one(behind, TEACHER, judge=fails_on("m3"), stop=False).value is None                  # 2/4 or 3/4
     assert one(behind, TEACHER, judge=fails_on("other meta"), stop=False).value is None and one(behind, TEACHER, judge=fails_on("m3")).value == 0
     broken = Recorder(lambda pair: None if pair[1] == "n1" else exact_judge([pair])[0])
+    for order in (1, -1):                                                                        # equal values: the one that was followed further first
+        assert one(TEACHER, *[[OTHER[0], *TEACHER[1:]], [*TEACHER[:3], OTHER[0]]][::order], stop=False).trace == (1 if order == 1 else 0)
     near, far = [*TEACHER[:3], OTHER[0]], OTHER[:1] + steps(*["z/z/z"] * 3)                      # a yes to n1 is worth one step, where one stops there all four
     assert one(near, far, TEACHER, judge=broken, stop=False).value == 3 / 4 and one(near, far, TEACHER, judge=broken).value is None
 
@@ -669,6 +672,14 @@ def test_teacher_that_cannot_be_read_is_unscored_and_does_not_shift_the_others()
     assert score.value == 1.0 and score.trace == 1
 
 
+def test_a_teacher_without_a_faithful_step_is_read_once_too(tmp_path: Path) -> None:
+    for written in (NO_STEPS, format_steps([Step("m", "q", "99")])):
+        first, second = Reader([written]), Reader()
+        for reader in (first, first, second):
+            assert GSRM(reader, exact_judge, tmp_path / "cache.jsonl", name=written).teachers(["p"], [[T]]) == [[[]]]
+        assert len(first.calls) == 1 and not second.calls
+
+
 def test_teachers_are_read_once_over_two_instances(tmp_path: Path) -> None:
     path, first, second = tmp_path / "deep" / "cache.jsonl", Reader(), Reader()
     gsrm = GSRM(first, exact_judge, path)
@@ -824,8 +835,9 @@ def test_letters_must_be_the_same() -> None:
     assert asked == []
 
 
-def test_the_symbolic_check_with_math_verify_behind_it() -> None:
+def test_the_symbolic_check_with_math_verify_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge that eval.load_gsrm makes, on real notation: equal forms, different ones, and what it must leave to the model."""
+    monkeypatch.setattr("scorer.grade_all", lambda texts, golds, seconds: grade_all(texts, golds, 60.0))             # a starved machine must not turn a verdict into None
     gsrm, judge = load_gsrm("toy/gsrm", "", None, "cpu"), load_gsrm("toy/gsrm", "toy/gsrm", None, "cpu").ask
     assert gsrm.name != gsrm.judge_name and "judge" in gsrm.judge_name               # two checkpoints, two names: a new judge does not meet the old one's verdicts
     same = [("1/2", "0.5"), ("\\frac{1}{2}", "2/4"), ("(x+1)^2", "x^2+2x+1"), ("9 * 2", "18"), ("16-3-4", "9"), ("1,000", "10^3"), ("2\\sqrt{2}", "\\sqrt{8}"), ("$18", "18.00")]

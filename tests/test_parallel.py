@@ -59,6 +59,53 @@ def test_three_steps_do_not_depend_on_the_number_of_processes(data, alone, tmp_p
         assert furthest(alone.parent / "four", tmp_path) < 1e-5 and [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4]
 
 
+SAMPLING = """
+import torch, parallel
+from data import load_model
+from rollout import Sampler
+parallel.start()
+prompts, state = [[5, 6, 7], [9, 10], [11] * 7], None
+for dtype in ("float32", "bfloat16"):
+    model, whole = (load_model("toy/student", "cpu")[0] for _ in range(2))
+    sampler = Sampler(model, {1, 2}, 0)
+    parallel.shard(model, dtype)
+    for step in range(2):
+        plain = load_model("toy/student", "cpu", dtype)[0]
+        plain.load_state_dict(whole.state_dict())
+        for sampler.static in (False, True):
+            with parallel.gathered(model) as sampler.model:
+                weights = dict(sampler.model.named_parameters())
+                assert weights.keys() == dict(plain.named_parameters()).keys() and all(torch.equal(w, p) for w, p in zip(weights.values(), plain.parameters()))
+                places = [w.data_ptr() for w in weights.values()]
+                got = sampler.generate(prompts, 4, 10 + 30 * parallel.rank(), 1.0, seed=step)        # one process has more steps to go than the other
+                assert places == [w.data_ptr() for w in sampler.model.parameters()]
+                assert not any(m._forward_pre_hooks or m._forward_hooks for m in sampler.model.modules())
+            want = Sampler(plain, {1, 2}, 0, static=sampler.static).generate(prompts, 4, 10 + 30 * parallel.rank(), 1.0, seed=step)
+            assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp) and torch.equal(got.entropy, want.entropy)
+            assert not list(sampler.model.parameters()) and all("DTensor" in type(p.data).__name__ for p in model.parameters())        # and back in shards
+        with torch.no_grad():                                                   # an optimiser's step
+            for net in (model, whole):
+                for p in net.parameters():
+                    p.mul_(1.1)
+try:
+    with parallel.gathered(model) as net:
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    assert not list(net.parameters()) and all("DTensor" in type(p.data).__name__ for p in model.parameters())
+assert model.state_dict().keys() == whole.state_dict().keys()
+print("the same")
+parallel.finish()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sampling_from_shards_is_sampling_from_the_whole_model(tmp_path, processes):
+    """Bitwise, in the dtype of computing, after steps too; the weights stay in their places for the call, as CUDA graphs want it."""
+    (tmp_path / "sampling.py").write_text(SAMPLING)
+    code, said, _ = torchrun(processes, tmp_path / "sampling.py")
+    assert code == 0 and said.count("the same") == processes, said[-3000:]
+
+
 def job(tmp_path, text):
     """A script that changes train.py in one place and runs it."""
     script = tmp_path / "job.py"

@@ -124,6 +124,17 @@ def test_bytes_of_qwen_by_hand():
     assert p.peak == max(p.peaks.values()) == pytest.approx(sum(always.values()) + max(sum(p.memory[k].values()) for k in ("sampling", "update", "reference")))
 
 
+def test_a_teacher_model_is_counted(capsys):
+    cfg, s, t = train.parse_config(FULL), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-1.5B")), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-7B"))
+    without, with_teacher = plan.estimate(cfg, s, [], 1, 1024), plan.estimate(cfg, s, [], 1, 1024, t)
+    assert with_teacher.memory["always"]["teacher"] == 2 * t.params and without.memory["always"]["teacher"] == 0 and plan.estimate(cfg, s, [], 4, 1024, t).memory["always"]["teacher"] == t.params / 2
+    assert with_teacher.seconds["update"] - without.seconds["update"] == pytest.approx(2 * t.params * 512 * 4096 / plan.FLOPS)
+    assert sum(with_teacher.memory["update"].values()) - sum(without.memory["update"].values()) == 16384 * 2 * (5 * 3584 + 3 * 18944) + 4 * t.layer
+    train.main(train.parse_config([*FULL, "--teacher", "Qwen/Qwen2.5-Math-7B", "--structure_reward", "reward:line_similarity"]))
+    said = capsys.readouterr().out
+    assert "teacher        Qwen/Qwen2.5-Math-7B: 7,615.62M parameters" in said and "reward model   reward:line_similarity\n" in said
+
+
 def test_what_is_shared_out_is_shared_out():
     cfg, s = train.parse_config(["--preset", "paper", "--dry_run"]), plan.shape(plan.read_config("Qwen/Qwen2.5-Math-7B"))
     one, four = (plan.estimate(cfg, s, [s], w, 1024) for w in (1, 4))
@@ -159,7 +170,7 @@ def test_bytes_of_the_paper_s_gsrm_by_hand(capsys, tmp_path, monkeypatch):
     n, rest, b = 7_615_616_512, 2 * 152_064 * 3584 + 3584, 2
     cfg, s = sft.parse_config(["--preset", "paper-gsrm", "--dry_run"]), plan.shape(plan.read_config("Qwen/Qwen2.5-7B-Instruct"))
     p = plan.lesson(cfg, s, 25_000, 1)
-    assert p.memory["always"] == {"masters": 4 * n, "AdamW's moments": 8 * n, "reference": 0, "reference's embedding and head": 0, "reward model": 0} and p.micro_batches == 4
+    assert {name: size for name, size in p.memory["always"].items() if size} == {"masters": 4 * n, "AdamW's moments": 8 * n} and p.micro_batches == 4
     update = p.memory["update"]
     kept = 2 * (4 + 2 * b) * 3584 + 4 * 30 + 2 * b * (3584 + 512) + 4 * b * 18_944                  # norms, attention, gate and up, of one layer that is computed again
     assert update["gradients"] == 4 * n and update["activations"] == 25_000 * (28 * 3584 * b + kept) and update["a unit's gradient"] == 6 * rest
@@ -179,17 +190,6 @@ def test_dry_run_of_sft_counts_pairs_that_lie_here(data, tmp_path, capsys):  # n
     longest = max(len(p) + len(t) for p, t in pairs)
     assert f"; {len(pairs)} pairs, {round(3 * len(pairs) / 4)} steps; at most {longest} tokens each (the longest of {data}), {4 * longest} a step" in out and "\nfits in 80 GB" in out
     assert not (tmp_path / "out").exists()
-
-
-def test_a_teacher_model_is_counted_and_a_reward_of_ones_own_is_no_model(capsys):
-    s, big = (plan.shape(plan.read_config(f"Qwen/Qwen2.5-Math-{size}")) for size in ("1.5B", "7B"))
-    cfg = train.parse_config([*FULL, "--teacher", "Qwen/Qwen2.5-Math-7B"])
-    without, p = plan.estimate(cfg, s, [], 1, 1024), plan.estimate(cfg, s, [], 1, 1024, big)
-    assert p.peaks["sampling"] - without.peaks["sampling"] == 2 * (big.params + big.rest) and p.seconds["update"] - without.seconds["update"] == 2 * big.params * 512 * 4096 / plan.FLOPS
-    train.main(cfg)
-    assert "teacher        Qwen/Qwen2.5-Math-7B: 7,615.62M parameters" in capsys.readouterr().out
-    train.main(train.parse_config([*FULL, "--structure_reward", "reward:line_similarity"]))
-    assert "reward model   reward:line_similarity\n" in (out := capsys.readouterr().out) and "assumed, give" not in out
 
 
 def test_dry_run_counts_prompts_that_lie_here(data, tmp_path, capsys):  # noqa: F811

@@ -226,3 +226,17 @@ def test_small_multiples_draw_each_metric_of_each_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             plots.small_multiples(bad, tmp_path / "never.png")
     assert not (tmp_path / "never.png").exists()
+
+
+def test_a_rollout_is_painted_by_what_its_steps_earned(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "painted", lambda paragraphs: drawn.append(paragraphs) or type("Figure", (), {"savefig": lambda self, *a, **k: None})())
+    green, yellow, red = (plots.tint(c, 0.45) for c in (plots.GREEN, plots.YELLOW, plots.RED))
+    one = row("a", True, steps=[["m", "q", "1", 1.0], ["m2", "q2", "2", 0.5], ["m3", "q3", "3", 0.0]], left_at=2, structure=0.75, text="<think>\nfirst.\nsecond.\nthird.\n</think>\n\\boxed{1}")
+    plots.rollout_picture(one, tmp_path / "x.png")
+    assert drawn[0][2:5] == [[("first.", green), ("", None)], [("second.", yellow), ("", None)], [("third.", red), ("   left the teacher's branch here", None)]]
+    assert drawn[0][0] == [("P a?", None)] and drawn[0][5] == [("\\boxed{1}", None)] and "0.75" in drawn[0][-1][-1][0]
+    plots.rollout_picture(one | {"text": "<think>all in one line</think>\\boxed{1}"}, tmp_path / "x.png")
+    assert drawn[1][3] == [("m2: q2? 2", yellow), ("", None)]
+    with pytest.raises(ValueError, match="no scored steps"):
+        plots.rollout_picture(one | {"structure": None}, tmp_path / "x.png")

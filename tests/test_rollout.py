@@ -3,12 +3,15 @@ import math
 import random
 from collections import Counter
 from functools import cache, partial
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+import decode as D
+import rollout as R
 from data import TiktokenTokenizer, chat_ids
 from decode import draw
 from logprob import linear_logprob
@@ -109,6 +112,9 @@ def test_sliding_windows_are_refused() -> None:
     """They would need another cache; a full one would sample from another distribution, in silence, once a text is longer than the window."""
     with pytest.raises(ValueError, match="full attention only"):
         Sampler(model("mistral"), STOPS, PAD)
+    layers = {**model("qwen2").config.to_dict(), "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "layer_types": None}
+    with pytest.raises(ValueError, match="use_sliding_window=False"):                             # of two layers only the second has one
+        Sampler(AutoModelForCausalLM.from_config(Qwen2Config(**layers)), STOPS, PAD)
     full = AutoModelForCausalLM.from_config(MistralConfig(**{**model("mistral").config.to_dict(), "sliding_window": None}))
     check_against_twin(full, Sampler(full.eval(), STOPS, PAD).generate(PROMPTS, 1, 8, 1.0), PROMPTS, 1, 8, 1.0, 1.0, STOPS, 0)
 
@@ -452,6 +458,20 @@ def test_finished_rows_leave_the_batch() -> None:
     assert len(sizes) == longest and all(need <= size <= need / 0.8 for need, size in zip(going, sizes[1:])) and sizes[-1] < 16
 
 
+@pytest.mark.parametrize("max_tokens", [1, 16, 24])
+@pytest.mark.parametrize("static", [False, True])
+def test_prompts_are_read_in_pieces_of_bounded_size(max_tokens: int, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts, padded to 8 tokens: one by one, two by two, three and one; the samples stay."""
+    net, sizes = model(), []
+    want = Sampler(net, STOPS, PAD, static=static).generate(PROMPTS, 3, 12, 1.0, seed=3)
+    monkeypatch.setattr(D, "prefill", partial(D.prefill, max_tokens=max_tokens))
+    hook = net.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    got = Sampler(net, STOPS, PAD, static=static).generate(PROMPTS, 3, 12, 1.0, seed=3)
+    hook.remove()
+    assert [shape for shape in sizes if shape[1] > 1] == {1: [(1, 8)] * 4, 16: [(2, 8)] * 2, 24: [(3, 8), (1, 8)]}[max_tokens]
+    assert equal(want, got, 1e-5)
+
+
 def test_micro_batches_cover_each_row_once_within_the_bound() -> None:
     rng = random.Random(0)
     for _ in range(300):
@@ -532,6 +552,20 @@ def test_waves_give_the_same_rows_and_each_is_handed_over_once_it_ends(bounds: d
     waves = Sampler(model(), STOPS, PAD, **bounds).generate(PROMPTS, 3, 12, 1.0, seed=4, on_finish=lambda row, ids: heard.append((row, ids)))
     assert equal(whole, waves, 1e-5) and sorted(heard) == [(n, whole.completion(n)) for n in range(len(whole.lengths))]
     assert not whole.finished.all() and whole.finished.any()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_long_call_shows_how_many_rows_have_ended(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[R.tqdm] = []
+
+    def bar(**settings: object) -> R.tqdm:
+        assert settings.pop("disable") is None and settings.pop("delay") == 5                    # on a terminal only, after five seconds
+        bars.append(R.tqdm_class(**settings, disable=False, file=StringIO()))
+        return bars[-1]
+    monkeypatch.setattr(R, "tqdm_class", R.tqdm, raising=False)
+    monkeypatch.setattr(R, "tqdm", bar)
+    Sampler(model(), STOPS, PAD, max_rows=5, static=static).generate(PROMPTS, 3, 12, 1.0, seed=4)
+    assert [(b.total, b.n) for b in bars] == [(12, 12)]
 
 
 def test_a_completion_is_handed_over_while_others_still_decode() -> None:

@@ -1,6 +1,7 @@
-"""The study's driver: its command lines are ones that the other files take, and its tables are those of its results file."""
+"""The study: its command lines are ones that the other files take, its measures are those of a few rows done by hand, and its page is made from the results file alone."""
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
@@ -8,59 +9,142 @@ import pytest
 from transformers import HfArgumentParser
 
 import eval as evaluation
+import evidence
 import sft
 import study
 import train
+
+ROOT = Path(study.__file__).parent
+PARSE = {"train.py": train.parse_config, "sft.py": lambda f: HfArgumentParser(sft.Config).parse_args_into_dataclasses(f)[0],
+         "eval.py": lambda f: HfArgumentParser(evaluation.Config).parse_args_into_dataclasses(f)[0]}
+
+
+def row(regime, arm, seed, value, **more):
+    plain = dict.fromkeys(study.NEEDED, value) | {f"found@{2**i}": value for i in range(7)} | {"larger structure": value, "other structure": value}
+    return plain | {"regime": regime, "arm": arm, "seed": seed, "length": 100 * value, "paths": 10 * value, "left": [value, 0.1], "never left": 0.2, "seconds": 36, "commands": [],
+                    "curve": {"outcome": [value / 2, value]}, "gap": 0.01 * seed, "r": 0.9} | more
 
 
 def rows(regime="sparse"):
     """Three seeds each of GRPO and RLKD with known means."""
     figures = {"grpo": (0.10, 0.12, 0.11), "rlkd": (0.50, 0.62, 0.53)}
-    return [{"regime": regime, "arm": arm, "seed": seed, **dict.fromkeys(study.METRICS, value), "length": 100 * value, "seconds": 1, "commands": []}
-            for arm, values in figures.items() for seed, value in enumerate(values)]
+    return [row(regime, arm, seed, value) for arm, values in figures.items() for seed, value in enumerate(values)]
 
 
-def test_every_command_is_one_that_the_files_take():
-    for data, made_by, budget, room in study.REGIMES.values():
-        fill = dict(data="toy", budget=budget, room=room, seed=7, out="out/x", model="toy/student", temperature=1)
-        for template in [*{t for templates in study.ARMS.values() for t in templates}, study.EVAL]:
+def half(values):
+    """Half the 95 % t interval of three values."""
+    mean = sum(values) / 3
+    return 4.302653 * math.sqrt(sum((v - mean) ** 2 for v in values) / 2) / math.sqrt(3)
+
+
+def test_every_command_is_one_that_the_files_take(monkeypatch, tmp_path):
+    for regime in study.REGIMES:
+        fill = dict(data="toy", root="out/study", seed=7, out="out/x", model="toy/student")
+        for template in [*{t for templates in study.ARMS.values() for t in templates}, *study.EVALS.values()]:
             python, file, *flags = shlex.split(template.format(**fill))
-            assert python == "python" and "{" not in template.format(**fill)
-            parse = {"train.py": train.parse_config, "sft.py": lambda f: HfArgumentParser(sft.Config).parse_args_into_dataclasses(f)[0],
-                     "eval.py": lambda f: HfArgumentParser(evaluation.Config).parse_args_into_dataclasses(f)[0]}[file]
-            assert parse(flags).seed == 7
-        assert data == "toy" or all(f"--out {data}/" in command for command in made_by)
+            assert python == "python" and "{" not in template.format(**fill) and PARSE[file](flags).seed == 7
+        made = {}
+        for command in study.data_commands(regime, tmp_path):                       # what is appended stands behind what was written
+            words = shlex.split(command)
+            name, flags = Path(words[words.index("--out") + 1]).name, dict(zip(words, words[1:]))
+            assert ("--append" in words) == (name in made)
+            made.setdefault(name, []).append((flags["--seed"], int(flags["--count"])))
+        assert made["all.jsonl"] == [("12", 64), ("13", 64), ("15", 64)] and made["transfer.jsonl"] == [("13", 64), ("15", 64)] and made["train.jsonl"] == [("11", 8192)]
     assert set(study.QUICK["arms"]) <= set(study.ARMS) and len(study.QUICK["seeds"]) == 3
+    for claim in (*evidence.CLAIMS, *evidence.BEYOND):
+        assert {claim[1], claim[2]} <= set(study.ARMS)
+    assert set(evidence.REWARDS) <= set(study.ARMS) and set(evidence.LEVELS) == set(study.REGIMES)
 
 
-def test_the_tables_are_those_of_the_results_file(tmp_path):
-    file = tmp_path / "study.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows()[::-1]))
-    text = study.report(file)
-    values = (0.50, 0.62, 0.53)
-    mean, half = sum(values) / 3, 4.302653 * math.sqrt(sum((v - 0.55) ** 2 for v in values) / 2) / math.sqrt(3)
-    line = next(line for line in text.splitlines() if line.startswith("| rlkd"))
-    assert line.split(" | ")[1] == "3" and line.split(" | ")[2] == f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]" and line.endswith(f"{100 * mean:.0f} [{100 * (mean - half):.0f}, {100 * (mean + half):.0f}] |")
-    gains = (0.40, 0.50, 0.42)                                             # paired by seed, so narrower than the difference of the two intervals
-    mean, half = sum(gains) / 3, 4.302653 * math.sqrt(sum((g - 0.44) ** 2 for g in gains) / 2) / math.sqrt(3)
-    assert f"rlkd - grpo, paired by seed: sampled accuracy {mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]" in text
-    assert "dense" not in text and text == study.report(file)
+def test_the_tables_are_those_of_the_results():
+    runs = evidence.gathered(rows()[::-1] + [row("sparse", "rlkd", 7, 0.9)])
+    rlkd, gains = (0.50, 0.62, 0.53, 0.9), (0.40, 0.50, 0.42)                        # paired by seed: seed 7 has no partner
+    line = next(line for line in evidence.arms_table(runs, "sparse", ["grpo", "rlkd"], {"sampled": "sampled", "length": "length"}).splitlines() if line.startswith("| rlkd"))
+    assert line.split(" | ")[1] == "4" and line.split(" | ")[2].startswith(f"{sum(rlkd) / 4:.2f} ± ")
+    grpo = next(line for line in evidence.arms_table(runs, "sparse", ["grpo"], {"sampled": "sampled", "length": "length"}).splitlines() if line.startswith("| grpo"))
+    assert grpo == f"| grpo | 3 | 0.11 ± {half((0.10, 0.12, 0.11)):.2f} | 11 ± {100 * half((0.10, 0.12, 0.11)):.0f} |"
+    against = evidence.against_table(runs, "sparse", ["grpo", "rlkd"], "grpo", {"sampled": "sampled"}).splitlines()
+    assert against[2:] == [f"| rlkd | 3 | +0.44 ± {half(gains):.2f} |"]
+    claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "gap"), ("none", "rlkd", "base", "sampled"))
+    words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
+    assert words == [f"**supported**: +0.44 ± {half(gains):.2f} (3 seeds)", f"**not supported**: -0.44 ± {half(gains):.2f} (3 seeds)", "undecided: +0.00 ± 0.00 (3 seeds)", "not run"]
+    levels = evidence.levels_table(evidence.gathered(rows("7 people") + [row("7 people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
+    assert len(levels) == 3 and levels[2].startswith("| 7, 3-4 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
 
 
 def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path, monkeypatch, capsys):
     file, ran = tmp_path / "study.jsonl", []
     file.write_text("".join(json.dumps(row) + "\n" for row in rows()[:5]))
     monkeypatch.setattr(study, "one", lambda regime, arm, seed, out, threads: ran.append((regime, arm, seed)) or rows()[5])
+    monkeypatch.setattr(study, "run", lambda *a: None)
     monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "rlkd", "--regimes", "sparse", "--seeds", "0", "1", "2", "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
     study.main()
     assert ran == [("sparse", "rlkd", 2)] and len(file.read_text().splitlines()) == 6 and "| rlkd | 3 |" in capsys.readouterr().out
+    monkeypatch.undo()
     with pytest.raises(RuntimeError, match="(?s)eval.py --model nowhere.*ended with status"):
         study.run("python eval.py --model nowhere --data nowhere", 1, Path(tmp_path) / "log.txt")
+    for line, says in (('{"regime": "sparse"}', "no 'arm'"), ("3", "no line of a study"), (json.dumps(rows()[0] | {"arm": "magic"}), "no arm 'magic'")):
+        file.write_text(line + "\n")
+        with pytest.raises(ValueError, match=rf"study.jsonl:1.*{says}"):
+            study.read_results(file)
+
+
+def generation(name, sample, right, steps, answer="4", structure=0.5, left=None, choices=(), asked="How many has Ann?", stop="stop"):
+    return {"id": name, "sample": sample, "correct": right, "answer": answer, "structure": structure, "true_structure": None, "length": 10, "stop": stop, "problem": f"We know. {asked}",
+            "steps": [[m, q, a, e] for m, q, a, e in steps], "choices": list(choices), "left_at": left, "temperature": 1.0}
 
 
 def test_figures_of_one_student():
-    sampled = [{"id": i, "correct": c, "structure": s, "true_structure": t, "length": 10 * i, "stop": "stop"} for i, c, s, t in
-               [(1, True, 0.5, 0.5), (1, False, 0.1, 0.2), (2, False, 0.0, 0.0), (2, False, 1.0, 0.9)]]
-    greedy = [{"id": i, "correct": i == 2, "structure": None, "true_structure": None, "length": 1, "stop": "length"} for i in (1, 2)]
-    got = study.figures(sampled, greedy)
-    assert got["greedy"] == 0.5 and got["sampled"] == 0.25 and got["pass@2"] == 0.5 and got["structure"] == 0.4 and got["length"] == 15 and got["r"] > 0.98
+    walk = [("for Ann", "Ann has what", "Bob plus Cid", 1.0), ("then Ann", "Ann makes what", "4", 1.0)]
+    other = [("for Bob", "Bob has what", "2", 0.0), *walk[1:]]
+    test = [generation("5-23-12-0", 0, True, walk, choices=(True, True)), generation("5-23-12-0", 1, True, other, left=0, choices=(False,), structure=0.1),
+            generation("5-23-12-0", 2, True, walk), generation("5-23-12-0", 3, True, walk[:1], left=1),                                             # the last is a guess
+            *(generation("5-23-12-1", k, False, walk, answer="5", stop="length") for k in range(4))]
+    transfer = [generation("7-34-13-0", 0, True, walk), generation("7-34-13-0", 1, False, walk), generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
+    greedy = [generation(f"5-23-{seed}-0", 0, right, walk) | {"temperature": 0.0} for seed, right in ((12, True), (13, False), (15, True))]
+    got = study.figures(test, transfer, greedy)
+    assert (got["greedy"], got["larger greedy"], got["other greedy"]) == (1, 0, 1) and (got["sampled"], got["larger"], got["other"]) == (0.5, 0.5, 0)
+    assert got["pass@1"] == 0.5 and got["pass@4"] == 0.5 and got["found@1"] == pytest.approx(3 / 8) and got["found@2"] == pytest.approx(0.5) and got["found@4"] == 0.5
+    assert got["paths"] == 1.0 and got["structure"] == pytest.approx((0.4 + 0.5) / 2) and got["other structure"] == 0.25 and got["length"] == 10 and got["truncated"] == 0.5
+    assert got["left"][:2] == [1 / 8, 1 / 8] and got["never left"] == 6 / 8
+    assert study.found(test[0]) and study.found(test[0] | {"problem": "Ann has how many?"})
+    assert not study.found(test[3]) and not study.found(test[0] | {"problem": "How many has Bob?"}) and not study.found(test[0] | {"steps": []})
+    assert not study.found(test[0] | {"answer": "7"}) and not study.found(test[0] | {"correct": None})
+
+
+def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
+    steps = range(1, 41)
+    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": 0.5 + 0.01 * (n > 16), "true_structure": 0.5, "completions/mean_length": 7, "entropy": 1} for n in steps]
+    rollouts = [{"step": n, "rewards": {"structure": None if k == 2 else 0.5 * k}, "true_structure": 0.4 * k if n > 16 else 1 - k} for n in steps for k in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    got = study.training(tmp_path)
+    assert got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4) and got["gap"] == pytest.approx(0.01, abs=1e-4) and got["r"] == pytest.approx(1.0)
+    assert study.training(tmp_path / "no run") == {}
+
+
+def test_the_page_is_made_from_the_rows_alone(tmp_path):
+    template = tmp_path / "template.md"
+    template.write_text("Words.\n<!-- study-sparse -->\nold\n<!-- /study-sparse -->\nmore <!-- study-size -->x<!-- /study-size -->\n")
+    pages = [evidence.report(rows() + rows("dense"), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
+    assert [p.read_bytes() for p in pages[0]] == [p.read_bytes() for p in pages[1]] and len(pages[0]) == 1 + len(evidence.PICTURES)
+    text = pages[0][0].read_text()
+    assert text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 core-hours" in text and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text
+    with pytest.raises(ValueError, match="study-magic"):
+        evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
+    """Every table of docs/study.md and of the README, byte for byte; the pictures too, where matplotlib is the one that drew them. Outside of the marked places there is no figure."""
+    results = sorted(study.read_results(ROOT / "docs/study.jsonl"), key=study.order)
+    pages = evidence.report(results, tmp_path / "study.md", ROOT / "docs/study.md")
+    assert pages[0].read_text() == (ROOT / "docs/study.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- study-short -->" in readme and evidence.fill(readme, evidence.blocks(results)) == readme
+    import matplotlib
+    for picture in pages[1:]:
+        committed = (ROOT / "docs" / picture.name).read_bytes()
+        if f"Matplotlib version{matplotlib.__version__}".encode() in committed:
+            assert picture.read_bytes() == committed, picture.name
+    prose = re.sub(r"<!-- (study-[\w-]+) -->.*?<!-- /\1 -->|```.*?```|arXiv [\d.]+|arxiv.org/abs/[\d.]+", "", (ROOT / "docs/study.md").read_text(), flags=re.DOTALL)
+    assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.2M-parameter", ""))
