@@ -2,6 +2,7 @@
 
     python train.py --preset qwen1.5b --dry_run                                    # writes nothing, needs no GPU, no network for the presets' models
     torchrun --nproc_per_node 8 train.py --preset paper --dry_run                  # the same for eight processes
+    python sft.py --preset paper-gsrm --dry_run                                    # and for training on pairs
 
     masters 4 + AdamW 8 + gradients 4 bytes a trained parameter, reference and working copy 2 (bfloat16); all but the working copy shared out over processes (parallel.py)
     cache = rows * tokens * 2 * layers * KV heads * head dim * bytes           activations = tokens * what a layer keeps (`kept_by_layer`) * layers, or with checkpointing
@@ -17,6 +18,7 @@ import shlex
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -33,9 +35,10 @@ STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of th
 CHUNK = 8192                             # rows of the head at a time (logprob.linear_policy_loss)
 B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
-READER = "Qwen/Qwen2.5-7B-Instruct"      # assumed where no --gsrm is given
+READER, SMALL_READER = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"        # the first is assumed where no --gsrm is given
 KNOWN = {"Qwen/Qwen2.5-Math-1.5B": B1 | {"max_position_embeddings": 4096}, "Qwen/Qwen2.5-Math-7B": B7 | {"max_position_embeddings": 4096},
-         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768}}     # needs no network
+         "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768},
+         SMALL_READER: B1 | {"max_position_embeddings": 32768}}          # needs no network
 
 
 class Settings(Protocol):
@@ -244,6 +247,12 @@ def gigabytes(things: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in things.items() if size >= 5e7) or "nothing above 0.05"
 
 
+def settings_of(config: object) -> str:
+    """All flags that are not empty, as a command line, wrapped."""
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
+    return textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
     fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
@@ -253,8 +262,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
     r, room, updates = plan.rollouts, config.gpu_memory_gb * 1e9, config.updates_per_batch
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in asdict(config).items() if name != "dry_run" and value not in ("", None)]
-    print(textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n")
+    print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
     print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or config.structure_reward or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
     if teacher:
@@ -279,3 +287,48 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     total = sum(plan.seconds.values())
     print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, {config.steps} steps {config.steps * total / 3600:.3g} h")
     print("  " + ", ".join(f"{name} {t:.3g} s ({t / total:.0%})" for name, t in plan.seconds.items()))
+
+
+class Lessons(Protocol):
+    """What is read of sft.Config."""
+    model: str
+    data: str
+    epochs: float
+    batch_size: int
+    max_length: int
+    max_tokens: int
+    dtype: str
+    offload: bool
+    gradient_checkpointing: bool
+    gpu_memory_gb: float
+
+
+def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
+    """The plan of an optimiser step of sft.py, all pairs of the `longest` length: an update of train.py's without rollouts, reference and reward model, its loss by linear_logprob."""
+    step = SimpleNamespace(problems_per_step=config.batch_size, group_size=1, max_new_tokens=longest, cache_gb=CACHE_GB, max_tokens=config.max_tokens, dtype=config.dtype, offload=config.offload,
+                           gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1, w_structure=0.0)
+    plan = estimate(step, s, [], world, 0)
+    return replace(plan, memory={name: plan.memory[name] for name in ("always", "update")}, seconds={"update": plan.seconds["update"]})
+
+
+def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
+    """The same for sft.py. lengths: tokens of each pair, none where data and tokenizer do not lie here. ValueError where the model's config cannot be read."""
+    s = shape(read_config(config.model))
+    longest, source = (max(lengths), f"the longest of {config.data}") if lengths else (config.max_length or s.positions, "--max_length, or the model's positions, as no data and tokenizer lie here")
+    plan, counted = lesson(config, s, longest, world), f"; {len(lengths)} pairs, {max(1, round(config.epochs * len(lengths) / config.batch_size))} steps" if lengths else ""
+    print(settings_of(config))
+    print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
+    print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")
+    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process\n\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}")
+    print(f"  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}\n  update      {plan.peak / 1e9:6.1f} = always + {gigabytes(plan.memory['update'])}")
+    if plan.cpu:
+        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
+    fits = lambda p: p.peak <= USABLE * config.gpu_memory_gb * 1e9
+    print(f"{'fits' if fits(plan) else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most; {USABLE:.0%} of a card are counted on")
+    others = {"--gradient_checkpointing True": ({"gradient_checkpointing": True}, world), "--offload True": ({"offload": True}, world)} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8)}
+    for text, (change, processes) in others.items() if not fits(plan) else ():
+        if (less := lesson(replace(config, **change), s, longest, processes)).peak < 0.99 * plan.peak:
+            print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
+    passes = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}
+    total = plan.seconds["update"]
+    print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s\n  " + ", ".join(f"{name} {share / sum(passes.values()):.0%}" for name, share in passes.items() if share))

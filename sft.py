@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import plan
 from command import ConfigParser, ending, flag, folder, out_of_range
 from data import (
     NO_EOS,
@@ -34,6 +35,7 @@ from data import (
     join_completion,
     load_model,
     load_problems,
+    load_tokenizer,
     opening,
     problem_ids,
     put_aside,
@@ -77,6 +79,8 @@ class Config:
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
     seed: int = flag(0, "order of the pairs, choice of the held-out share")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")
+    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
 
 
 PRESETS: dict[str, dict] = {
@@ -254,9 +258,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     c = Config(**parser.parse_with(PRESETS, argv))
-    fine = {"model": c.model, "data": c.data, "out": c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
+    fine = {"model": c.model, "data": c.data or c.dry_run, "out": c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
             "max_length": c.max_length >= 0, "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
-            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
+            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "gpu_memory_gb": c.gpu_memory_gb > 0, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
     wrong, wanted = out_of_range(asdict(c), {"seed": (0, 2**63)})
     hints = {"out": "a folder, another one than --model", "eval_share": "a share below 1, and not --eval_data too", wrong: wanted}
     fine |= {wrong: False} if wrong else {}
@@ -279,6 +283,9 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        here = Path(config.model).is_dir() and Path(config.data or "-").exists()
+        return plan.show_lessons(config, [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model))] if here else [], world()) if rank() == 0 else None
     if any((Path(config.out) / name).exists() for name in ("config.json", "run.json")):
         raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out")
     torch.manual_seed(config.seed)

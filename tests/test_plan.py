@@ -13,6 +13,7 @@ import eval as evaluation
 import parallel
 import plan
 import rollout
+import sft
 import train
 from data import load_model, load_tokenizer, problem_ids, save_model, write_jsonl
 from toy import make_problems
@@ -152,6 +153,7 @@ def test_what_is_shared_out_is_shared_out():
     ("qwen1.5b", (), ["1,543.71M", "64 problems x 8 = 512 rollouts a step", "170 rows at a time, 4 wave(s)", "\nfits in 80 GB", "Qwen2.5-7B-Instruct assumed, give --gsrm"]),
     ("qwen1.5b", ("--gradient_checkpointing", "False", "--gpu_memory_gb", "48"), ["does not fit in 48 GB", "--gradient_checkpointing True                65.1 GB, not enough alone",
                                                                                               "--gradient_checkpointing True --cache_gb 10 --max_tokens 8192 --offload True   31.1 GB, fits"]),
+    ("qwen1.5b", ("--gsrm", "Qwen/Qwen2.5-1.5B-Instruct", "--judge", "Qwen/Qwen2.5-1.5B-Instruct"), ["Qwen/Qwen2.5-1.5B-Instruct, Qwen/Qwen2.5-1.5B-Instruct: 3,087.43M parameters in each process"]),
     ("qwen1.5b", ("--max_new_tokens", "3500"), ["the model has 4096 positions: --max_new_tokens 3072"]),
     ("paper", (), ["7,615.62M", "8 problems x 4 = 32", "does not fit in 80 GB", "--nproc_per_node 8", "--offload True"]),
     ("paper-zero", ("--gsrm", "http://127.0.0.1:1/v1#m"), ["reward model   http://127.0.0.1:1/v1#m\n", "= 4096 tokens each"])])
@@ -161,6 +163,33 @@ def test_dry_run_needs_no_network_and_leaves_nothing(preset, flags, says, capsys
     out = capsys.readouterr().out
     assert all(text in out for text in says), out
     assert not list(tmp_path.iterdir())
+
+
+def test_bytes_of_the_paper_s_gsrm_by_hand(capsys, tmp_path, monkeypatch):
+    """7.6156e9 parameters, 1.09e9 of them embedding and head; four pairs of 25000 tokens, one at a time."""
+    n, rest, b = 7_615_616_512, 2 * 152_064 * 3584 + 3584, 2
+    cfg, s = sft.parse_config(["--preset", "paper-gsrm", "--dry_run"]), plan.shape(plan.read_config("Qwen/Qwen2.5-7B-Instruct"))
+    p = plan.lesson(cfg, s, 25_000, 1)
+    assert {name: size for name, size in p.memory["always"].items() if size} == {"masters": 4 * n, "AdamW's moments": 8 * n} and p.micro_batches == 4
+    update = p.memory["update"]
+    kept = 2 * (4 + 2 * b) * 3584 + 4 * 30 + 2 * b * (3584 + 512) + 4 * b * 18_944                  # norms, attention, gate and up, of one layer that is computed again
+    assert update["gradients"] == 4 * n and update["activations"] == 25_000 * (28 * 3584 * b + kept) and update["a unit's gradient"] == 6 * rest
+    assert update["head"] == (1 << 28) * b + 152_064 * 3584 * b + 25_000 * 3584 * b and p.seconds == {"update": 8 * n * 100_000 / plan.FLOPS}
+    away = plan.lesson(replace(cfg, offload=True), s, 25_000, 1)
+    assert away.cpu == 16 * n and away.peak == pytest.approx(p.peak - 16 * n) and plan.lesson(cfg, s, 25_000, 4).memory["always"]["masters"] == n
+    monkeypatch.chdir(tmp_path)
+    sft.main(cfg)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("7,615.62M", "4 pairs a step", "25000 tokens each", "100,000 a step", "does not fit in 80 GB: 147.5", "--offload True                               25.7 GB, fits",
+                                        "--nproc_per_node 4                  56.1 GB, fits", "forward 25%, recomputation 25%, backward 50%")) and not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_sft_counts_pairs_that_lie_here(data, tmp_path, capsys):  # noqa: F811
+    sft.main(cfg := sft.parse_config(["--dry_run", "--model", "toy/student", "--data", str(data), "--epochs", "3", "--out", str(tmp_path / "out")]))
+    pairs, out = sft.load_pairs(cfg, load_tokenizer("toy/student")), capsys.readouterr().out
+    longest = max(len(p) + len(t) for p, t in pairs)
+    assert f"; {len(pairs)} pairs, {round(3 * len(pairs) / 4)} steps; at most {longest} tokens each (the longest of {data}), {4 * longest} a step" in out and "\nfits in 80 GB" in out
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_counts_prompts_that_lie_here(data, tmp_path, capsys):  # noqa: F811
