@@ -1,7 +1,7 @@
-"""walkthrough.ipynb is what it says: executed anew it gives the outputs it was committed with, in less than three minutes, and leaves nothing in the checkout."""
+"""walkthrough.ipynb is what it says: executed anew it gives the outputs it was committed with, in less than three minutes of one core, and leaves nothing in the checkout."""
 import os
 import re
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -51,19 +51,20 @@ def committed():
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """(the notebook run anew by a fresh kernel in the project's folder, seconds, what changed in the checkout)"""
+    """(the notebook run anew by a fresh kernel in the project's folder, CPU seconds of the kernel, what changed in the checkout)"""
     notebook, there = nbformat.read(FILE, as_version=4), files()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source, cell.outputs = cell.source.replace('Path("out/walkthrough")', f"Path({str(tmp_path_factory.mktemp('walkthrough'))!r})"), []
-    started = time.time()
-    nbclient.NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True).execute()        # an error in a cell raises
-    return notebook, time.time() - started, files().items() ^ there.items()
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])                     # of children that have ended: time on a busy machine says nothing
+    before = used()
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True).execute()        # an error in a cell raises
+    return notebook, used() - before, files().items() ^ there.items()
 
 
 def test_every_cell_runs_in_three_minutes_and_nothing_is_left_behind(executed, committed):
     notebook, seconds, changed = executed
-    assert seconds < 180 and not changed
+    assert 5 < seconds < 180 and not changed
     assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(range(1, 1 + sum(cell.cell_type == "code" for cell in committed.cells)))
 
 
