@@ -47,6 +47,7 @@ def test_everyone_samples_the_same_job_and_only_useful_tokens_count() -> None:
         lengths = run(spread)
         assert len(lengths) == 16 and max(lengths) <= 24 and min(lengths) < 12
     assert peers.sample_ours(spread) == peers.sample_ours(spread, static=True) == Sampler(spread.model, spread.stop_ids, 0).generate(spread.prompts, 8, 24, 1.0).lengths.tolist()
+    assert len(spread.samplers) == 2 and not any(sampler.unproven for sampler in spread.samplers.values())
 
 
 def test_continuous_batching_is_given_the_memory_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,18 @@ def test_sampling_from_shards_is_sampling_from_the_whole_model(tmp_path, process
     assert code == 0 and said.count("the same") == processes, said[-3000:]
 
 
+def test_a_step_on_float32_masters_samples_by_the_loop_for_graphs(data, tmp_path):  # noqa: F811
+    """As the presets for GPUs do: what was sampled in bfloat16, in fixed places, has the log-probs of the trainer's sharded forward."""
+    try:
+        run = train.set_up(config(data, tmp_path, "--dtype", "bfloat16", "--beta", "0.01"), tmp_path)
+        run.sampler.static = True                                                           # a GPU's default
+        metrics = train.step_once(run, 0)[0]
+        assert run.sampler.model is run.model.hollow and run.sampler.static and metrics["skipped_step"] == 0
+        assert 0 < metrics["sampling/sampling_logp_difference/mean"] < 0.02
+    finally:
+        parallel.finish()
+
+
 def job(tmp_path, text):
     """A script that changes train.py in one place and runs it."""
     script = tmp_path / "job.py"
