@@ -69,6 +69,7 @@ for dtype in ("float32", "bfloat16"):
     model, whole = (load_model("toy/student", "cpu")[0] for _ in range(2))
     sampler = Sampler(model, {1, 2}, 0)
     parallel.shard(model, dtype)
+    assert not list(model.hollow.parameters()) and len(list(model.hollow.buffers())) == len(list(model.buffers()))        # no weights of its own
     for step in range(2):
         plain = load_model("toy/student", "cpu", dtype)[0]
         plain.load_state_dict(whole.state_dict())
