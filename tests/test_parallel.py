@@ -64,7 +64,7 @@ import torch, parallel
 from data import load_model
 from rollout import Sampler
 parallel.start()
-prompts, state = [[5, 6, 7], [9, 10], [11] * 7], None
+prompts = [[5, 6, 7], [9, 10], [11] * 7]
 for dtype in ("float32", "bfloat16"):
     model, whole = (load_model("toy/student", "cpu")[0] for _ in range(2))
     sampler = Sampler(model, {1, 2}, 0)
