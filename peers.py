@@ -11,7 +11,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -153,11 +153,13 @@ class Job:
     max_new_tokens: int
     stop_ids: set[int]
     pad_id: int
+    samplers: dict[bool | None, Sampler] = field(default_factory=dict)
 
 
 def sample_ours(job: Job, static: bool | None = None) -> list[int]:
-    rollout = Sampler(job.model, job.stop_ids, job.pad_id, static=static).generate(job.prompts, job.group, job.max_new_tokens, 1.0)
-    return rollout.lengths.tolist()
+    """By one sampler for all calls, as in a training run: on a GPU its first call also compares its loops."""
+    sampler = job.samplers.setdefault(static, Sampler(job.model, job.stop_ids, job.pad_id, static=static))
+    return sampler.generate(job.prompts, job.group, job.max_new_tokens, 1.0).lengths.tolist()
 
 
 def settings(job: Job, **more: object) -> GenerationConfig:
