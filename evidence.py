@@ -174,11 +174,14 @@ def draw_left(runs: Runs, path: Path) -> None:
         width = max((len(row["left"]) for arm in arms[regime] for row in runs[regime, arm].values()), default=1)
         width = min(width, 14)
         shares = np.array([np.mean([(row["left"] + [0.0] * width)[:width] + [row["never left"]] for row in runs[regime, arm].values()], axis=0) for arm in arms[regime]]).reshape(-1, width + 1)
+        if not len(shares):
+            axes.axis("off")
+            continue
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=0.6, aspect="auto")
         axes.set_xticks(range(width + 1), [*map(str, range(1, width + 1)), "never"], fontsize=8)
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
         axes.set(title=regime, xlabel="step at which the student leaves every teacher branch")
-    figure.colorbar(image, ax=grid[0][-1], label="share of samples")
+        figure.colorbar(image, ax=axes, label="share of samples")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
