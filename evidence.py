@@ -127,7 +127,7 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
     for axes, regime in zip(grid[0], regimes):
         draw(axes, regime)
         axes.set(xlabel=xlabel, title=regime, **more)
-        if more.get("xscale") == "log":
+        if axes.get_xscale() == "log":
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel(ylabel)
@@ -162,7 +162,8 @@ def draw_pass(runs: Runs, path: Path) -> None:
         for arm in [a for a in COLORS if (regime, a) in runs]:
             sizes = [2**i for i in range(7)]
             band(axes, sizes, [values(runs, regime, arm, f"found@{k}") for k in sizes], COLORS[arm], arm)
-    side_by_side(path, ("sparse", "dense"), draw, "k samples", "pass@k without guesses", xlim=(0.9, 72), xscale="log", ylim=(0, 1.02))
+        axes.set_xscale("log", base=2)
+    side_by_side(path, ("sparse", "dense"), draw, "k samples", "pass@k without guesses", xlim=(0.9, 72), ylim=(0, 1.02))
 
 
 def draw_left(runs: Runs, path: Path) -> None:
