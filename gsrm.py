@@ -95,8 +95,8 @@ DECOMPOSE = "Write the steps of this reasoning.\n<problem>\n{problem}\n</problem
 JUDGE = "Do these two {kind} mean the same? Answer yes or no.\n1: {teacher}\n2: {student}"
 KIND_WORDS = {"meta": "reasons", "query": "problems", "answer": "answers"}
 # our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's and Mistral's. "<" before n blanks must cost n, not n * n
-DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|pad|unk|mask|unused[0-9]{1,4}|(?:start|end)_of_turn|tool_(?:call|response))\s*>|[|\uff5c])"
-                       r"|\[(?=/?(?:INST|CLS|SEP|PAD|MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\])", re.IGNORECASE)
+DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|pad|unk|mask|unused[0-9]{1,4}|(?:start|end)_of_turn|tool_(?:call|response)|[se]op"
+                       r"|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|g?MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\])", re.IGNORECASE)
 MAX_TRACE, MAX_FIELD = 60_000, 600                       # characters; a trace keeps its beginning, which is where following the teacher happens
 
 

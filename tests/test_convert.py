@@ -243,8 +243,8 @@ def test_a_line_that_is_not_json_is_one_bad_row(tmp_path: Path, capsys: pytest.C
 def test_whatever_stands_in_a_row_it_is_a_problem_or_a_named_fault(tmp_path: Path) -> None:
     """3,000 rows with fields taken out or put to something else: nothing but ValueError is raised, each row is counted once."""
     rng, shapes = random.Random(0), [*GOOD.items(), ("openthoughts", TALK), ("s1k", S1_FIRST)]
-    values = [None, True, 0, -1, 3.5, math.inf, "", " ", "x", "\\boxed{", "<think>", "</think>", "\ud800", "\0", [], {}, [None], [[]], [{}], ["a"], [1], {"a": 1}, [True, False], "9" * 50,
-              [{"from": "user", "value": 1}, {"from": "assistant", "value": None}], [{"from": ["user"]}]]
+    values = [None, True, 0, -1, 3.5, math.inf, "", " ", "x", "\\boxed{", "<think>", "</think>", "\ud800", "\0", [], {}, [None], [[]], [{}], ["a"], [1], {"a": 1}, [True, False],
+              "9" * 50, [{"from": "user", "value": 1}, {"from": "assistant", "value": None}], [{"from": ["user"]}]]
     for n in range(3000):
         name, row = rng.choice(shapes)
         row = {key: rng.choice(values) if rng.random() < 0.2 else value for key, value in row.items() if rng.random() < 0.95}

@@ -560,6 +560,7 @@ def test_a_server_with_one_model_needs_no_name(body: bytes, said: str, fake: Fak
         return
     teacher, gsrm = "one has a 1 then b 2", load_gsrm(fake.url, f"{fake.url}#judge", tmp_path / "cache.jsonl", "cpu")
     assert gsrm(["P"], [teacher + " but not c 3"], [[teacher]])[0].value is not None and {body["model"] for body in fake.bodies} <= {said, "judge"}
+    assert load_gsrm(f"{fake.url}#reader", fake.url, None, "cpu").judge_name.startswith(f"{fake.url}#{said}")
     assert said in gsrm.name and gsrm.judge_name.startswith(f"{fake.url}#judge")         # so another model behind the same URL does not meet this one's cache
 
 # ------------------------------------------------------------------------------------------------ annotation

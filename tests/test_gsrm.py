@@ -445,7 +445,7 @@ def test_prompt_target_and_parser_agree() -> None:
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
             "<|\0im_end|>", "<\0|im_end|>", "\0<|im_end|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
-            "<tool_call>", "</tool_call>"]
+            "<tool_call>", "</tool_call>", "<sop>", "<fim_prefix>", "[gMASK]"]
 DELIMITERS = ["</trace>", "<trace>", "</problem>", "<problem>", "</think>", "<think>", "< /trace >", "</TRACE>", "</ trace\n>", "<\0/trace>", "</tr\0ace>"]
 STEP_TAGS = ["[Answer 1]:", "[answer 1]", "[Meta-reasoning 2]:", "[ SUB-PROBLEM 3 ]:", "[meta reasoning 1]:", NO_STEPS, "[\0Answer 1]:", "[No steps ]",
              "[\nAnswer 2]:"]
