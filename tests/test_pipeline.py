@@ -139,7 +139,7 @@ def worked_steps(answer: str) -> list[Step]:
 
 def command(*words: object) -> str:
     """What `python <words>` prints; it must succeed."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=170)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{words[0]}: {done.stdout[-500:]}\n{done.stderr[-1500:]}"
     return done.stdout
 
