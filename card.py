@@ -191,8 +191,19 @@ def attacking(gsrm: GSRM, truth: Callable[[str], list[Step]] | None, problems: l
 
 # ------------------------------------------------------------------------------------------------ the command
 
+LEGEND = {
+    "reading": """  precision: share of the steps it wrote that are true ones; recall: share of the true steps that it wrote; exact: traces with all steps right, in order
+  length_ratio: steps written / true steps; unread: traces it could not read; faithful: share of its steps whose answer occurs in the trace (others are dropped)""",
+    "judge": """  same: a true step's text and the same step as it was read; other step: texts of two steps of one problem; shuffled: of two problems; not settled by the text: all
+  pairs that a model has to decide. said_yes: share judged to mean the same (other step, shuffled: false yes); brier, ece: errors of its probabilities, 0 is best; failed: no verdict""",
+    "attacks": """  (honest): the student's samples or, without --model, the first half of each teacher's trace; each row below alters them to cheat
+  honest, attacked: mean reward before and after; earned_more: success rate, the share of traces that were paid more than before; true: what the altered traces deserve
+  unscored: share without a reward (then the trace is left out of its group and of the loss: nothing gained); the means are over the others, - where there are none""",
+}
+
+
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """A table: a row a name, a column a figure."""
+    """A table: a row a name, a column a figure; below it what the columns mean."""
     if not rows:
         return
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -200,6 +211,7 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title:<44}" + "".join(f"{name:>14}" for name in columns))
     for name, row in rows.items():
         print(f"{name:<44}" + "".join(f"{cell(row.get(column)):>14}" for column in columns))
+    print(LEGEND[title])
 
 
 def full_card(gsrm: GSRM, problems: list[Problem], samples: list[tuple[int, str]], truth: Callable[[str], list[Step]] | None, human: list[list[Step]] | None,

@@ -7,10 +7,11 @@ kernels.
     graph (r, l):  model on the first r rows, attention over the first l places of their keys and values -> draw -> token, log-prob, entropy at index t; t += 1
 
 r and l are buckets: r shrinks as rows leave, l grows with the text. A step never waits for the host; it looks for stop tokens every few steps, and what a row
-decoded behind its own is cut off. tests/test_decode.py runs both loops on a CPU; no GPU has run the graphs yet.
+decoded behind its own is cut off. Room and graphs live for one call of generate, in which the weights stay where they are. tests/test_decode.py runs both loops on a
+CPU, and graphs as tapes of the step's operations; no GPU has run them yet, so `difference` compares both loops on a few rows before the first call.
 
 Left out on purpose: paged caches; one prompt's keys read once for its whole group; waiting prompts in the places of finished rows. Since finished rows leave, a wave
-wastes no row's work, only the fixed part of its tail's steps: 2 to 3 % of the time at 1024 rows a wave, 6 to 12 % at 256, 13 to 36 % at 64 (docs/bench.md).
+wastes no row's work, only the fixed part of its tail's steps; rows of several ages, padded to one width, would cost more than that (docs/bench.md has the figures).
 """
 import warnings
 from collections.abc import Callable

@@ -8,7 +8,7 @@ A request is tried again after a timeout, a lost connection, 429 or 5xx, in min(
 When `breaker` requests in a row have failed the endpoint is down: for `cooldown` seconds nothing is sent, then one probe decides. What failed is None,
 never a text, a 0 or a "no". The key is OPENAI_API_KEY. `annotate` has a model write the training pairs of a GSRM; an interrupted one goes on where it was:
 
-    python endpoint.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl --limit 100      # needs pip install openai
+    python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl --limit 100      # needs pip install openai
     python sft.py --model PATH --data out/pairs.jsonl --out out/gsrm
 
 Left out on purpose: streaming, batch APIs, load balancing, calls from inside a running event loop, a judge that must think before it says yes or no.
@@ -284,7 +284,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
 
 def annotate_main(argv: list[str]) -> None:
     """The command `annotate`; prices in money per million tokens."""
-    parser = Parser(prog="python endpoint.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="python gsrm.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", help="problems with teacher traces: JSONL or folder")
     parser.add_argument("--url", required=True, help="of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="its name there")
@@ -298,9 +298,13 @@ def annotate_main(argv: list[str]) -> None:
         if not any(p.teachers for p in problems):
             raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
-        print(annotate(problems, endpoint, Path(vars(args).get("out") or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
-    cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
-    print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
+        try:
+            print(annotate(problems, endpoint, Path(vars(args).get("out") or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the same command goes on where this one was")
+        finally:                                         # an outage or Ctrl-C has cost something too
+            cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
+            print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
 
 
 if __name__ == "__main__":

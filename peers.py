@@ -11,14 +11,14 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 import logprob
 from rollout import Sampler
@@ -153,11 +153,13 @@ class Job:
     max_new_tokens: int
     stop_ids: set[int]
     pad_id: int
+    samplers: dict[bool | None, Sampler] = field(default_factory=dict)
 
 
 def sample_ours(job: Job, static: bool | None = None) -> list[int]:
-    rollout = Sampler(job.model, job.stop_ids, job.pad_id, static=static).generate(job.prompts, job.group, job.max_new_tokens, 1.0)
-    return rollout.lengths.tolist()
+    """By one sampler for all calls, as in a training run: on a GPU its first call also compares its loops."""
+    sampler = job.samplers.setdefault(static, Sampler(job.model, job.stop_ids, job.pad_id, static=static))
+    return sampler.generate(job.prompts, job.group, job.max_new_tokens, 1.0).lengths.tolist()
 
 
 def settings(job: Job, **more: object) -> GenerationConfig:
@@ -179,7 +181,6 @@ def sample_hf(job: Job, **more: object) -> list[int]:
 
 def sample_hf_continuous(job: Job) -> list[int]:
     """transformers' continuous batching with a paged cache, of a page more than the rows need: left to itself it takes the machine's memory, for a mask above all."""
-    from transformers import ContinuousBatchingConfig                   # since 5.17
     rows, pages = len(job.prompts) * job.group, -(-(max(map(len, job.prompts)) + job.max_new_tokens) // 256)
     size = ContinuousBatchingConfig(page_size=256, num_blocks=rows * pages + 1, max_batch_tokens=max(256, 2 * rows))
     results = job.model.generate_batch([p for p in job.prompts for _ in range(job.group)], generation_config=settings(job), continuous_batching_config=size, progress_bar=False)

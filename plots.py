@@ -140,7 +140,7 @@ def painted(paragraphs: list[list[tuple[str, object]]], width: int = 118, size: 
     for y, x, text, color in cells:
         if color is not None:
             axes.barh(y + 0.5, len(text), 0.86, x, color=color, linewidth=0)
-        axes.text(x, y + 0.52, text, family="DejaVu Sans Mono", fontsize=size, va="center_baseline")
+        axes.text(x, y + 0.52, text, family="DejaVu Sans Mono", fontsize=size, va="center_baseline", parse_math=False)
     return figure
 
 
@@ -162,6 +162,8 @@ def tree(traces: list[list[str]], root: str, notes: dict[tuple[str, ...], str] |
     """Figure of the tree whose paths are the traces, each a list of step labels: equal beginnings are one branch. A node is named by the labels that lead to it, () is the
     root; `notes` go under nodes, `shades` from 0 to 1 onto them."""
     from matplotlib.figure import Figure
+    first = lambda start: next(k for k, other in enumerate(traces) if other[:len(start)] == start)
+    traces = sorted(traces, key=lambda t: [first(t[:i + 1]) for i in range(len(t))])                     # branches side by side, in the order in which they were first seen
     nodes = {tuple(t[:i]): float(np.mean([k for k, other in enumerate(traces) if other[:i] == t[:i]])) for t in traces for i in range(len(t) + 1)}       # name -> height
     deepest = max(map(len, traces))
     figure = Figure(figsize=(1.6 * (deepest + 1), 1.25 * len(traces) + 0.25))
@@ -170,7 +172,7 @@ def tree(traces: list[list[str]], root: str, notes: dict[tuple[str, ...], str] |
     for name, y in nodes.items():
         if name:
             axes.plot((len(name) - 1, len(name)), (nodes[name[:-1]], y), color="0.6", linewidth=1.5, zorder=1)
-        axes.text(len(name), y, name[-1] if name else root, ha="center", va="center", fontsize=9, linespacing=1.35, zorder=2,
+        axes.text(len(name), y, name[-1] if name else root, ha="center", va="center", fontsize=9, linespacing=1.35, zorder=2, parse_math=False,
                   bbox=dict(boxstyle="round,pad=0.4", facecolor=tint(SKY, (shades or {}).get(name, 0.0)), edgecolor="0.4"))
         axes.text(len(name), y + 0.36, (notes or {}).get(name, ""), ha="center", va="top", fontsize=9, color=RED)
     return figure

@@ -71,6 +71,7 @@ class Config:
     max_new_tokens: int = flag(4096, "completion budget in tokens")
     gsrm_max_new_tokens: int = flag(2048, "budget of a written structure in tokens")
     temperature: float = flag(1.0, "of sampling, and of the trainer's log-probs")
+    top_p: float = flag(1.0, "1, the whole distribution: under a cut one the samples' log-probs would not be the trainer's; eval.py has a --top_p")
     updates_per_batch: int = flag(1, "optimiser steps on the same rollouts (1 is on-policy)")
     scale: str = flag("std", "advantages: std (divide by the group's) or none")
     aggregation: str = flag("token", "loss per token (DAPO), sequence (GRPO) or fixed length (Dr.GRPO)")
@@ -149,7 +150,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
             parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
     checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
-    checks |= {"group_size": config.group_size >= 2, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
+    checks |= {"group_size": config.group_size >= 2, "top_p": config.top_p == 1, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
                "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher))}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
              "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or give a --teacher)"}

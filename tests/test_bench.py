@@ -1,5 +1,6 @@
 """The measuring itself: turns, slow and failing peers, what counts as a token, and that a timed step is train.py's. `python -m pytest tests/test_bench.py`"""
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,44 @@ def test_everyone_samples_the_same_job_and_only_useful_tokens_count() -> None:
         lengths = run(spread)
         assert len(lengths) == 16 and max(lengths) <= 24 and min(lengths) < 12
     assert peers.sample_ours(spread) == peers.sample_ours(spread, static=True) == Sampler(spread.model, spread.stop_ids, 0).generate(spread.prompts, 8, 24, 1.0).lengths.tolist()
+    assert len(spread.samplers) == 2 and not any(sampler.unproven for sampler in spread.samplers.values())
+
+
+def test_the_table_has_all_that_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(bench_rl, "limit_seconds", lambda job, lengths: sum(lengths) / 1000)
+    bench_rl.bench_rollout(SimpleNamespace(model=["toy"], rows=[8], max_new_tokens=9, rounds=1, patience=60.0, cpu_time=False))
+    out = capsys.readouterr().out
+    assert "toy: 8 rows of up to 9 tokens, lengths equal (mean 9); limit 1000 tokens/s" in out and "lengths spread (mean" in out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    for name in ("ours", "ours, static", "HF generate", "HF generate, static cache", "HF continuous batching"):
+        rows = [row for row in cells if row[0] == name]
+        assert len(rows) == 2 and all(float(rate) > 0 and abs(float(share) - float(rate) / 1000) < 0.01 and int(megabytes) >= 0 for _, rate, _, share, megabytes, _ in rows)
+
+
+def test_on_a_gpu_the_default_is_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5B and 7B shapes, 64, 256 and 512 rows, equal and spread, 2048 new tokens; everyone takes part."""
+    jobs, parts = [], set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(bench_rl, "make_job", lambda *job: jobs.append(job))
+    monkeypatch.setattr(bench_rl, "limit_seconds", lambda job, lengths: 1.0)
+    monkeypatch.setattr(peers, "sample_ours", lambda job, static=None: [2048])
+    monkeypatch.setattr(bench_rl, "take_turns", lambda runs, rounds, patience: (parts.update(runs), ({"ours": 1.0}, {"ours": 1}, {}))[1])
+    monkeypatch.setattr("sys.argv", ["bench.py", "rollout"])
+    bench.main()
+    assert jobs == [(name, rows, lengths, 2048) for name in ("1.5b", "7b") for rows in (64, 256, 512) for lengths in ("equal", "spread")]
+    assert parts == {"ours", "ours, plain loop", "HF generate", "HF generate, static cache", "HF continuous batching", "vLLM"}
+    assert bench_rl.MODELS["1.5b"] == (1536, 28, 12, 2, 8960, 151936) and bench_rl.MODELS["7b"] == (3584, 28, 28, 4, 18944, 152064)          # Qwen2.5's
+
+
+def test_continuous_batching_is_given_the_memory_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its defaults it would take most of what the machine has."""
+    job, sizes = bench_rl.make_job("toy", 16, "spread", 24), []
+    generate = type(job.model).generate_batch
+    monkeypatch.setattr(type(job.model), "generate_batch", lambda self, *args, **kwargs: sizes.append(kwargs["continuous_batching_config"]) or generate(self, *args, **kwargs))
+    size, lengths = bench_rl.peak_bytes(partial(peers.sample_hf_continuous, job))
+    assert len(lengths) == 16 and min(lengths) < max(lengths) <= 24 and size < 1e8
+    assert sizes[0].num_blocks * sizes[0].page_size >= 16 * (max(map(len, job.prompts)) + 24)
 
 
 def test_a_timed_step_is_a_training_step() -> None:

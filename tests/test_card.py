@@ -214,6 +214,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert written["reading"][card.TEACHER]["f1"] > 0.9 and written["judge"]["labelled pairs, the model alone"]["accuracy"] > 0.9 and written["flags"]["limit"] == 2
     assert set(written["attacks"]) == {"(honest)", *ATTACKS} and written["attacks"]["empty thinking"]["attacked"] == 0
     assert all(word in done.stdout for word in ("student's samples", "earned_more", "brier", "shuffled", *ATTACKS))
+    explained = "\n".join(line for line in done.stdout.split("\n") if line.startswith("  "))
+    columns = {column for title in ("reading", "judge", "attacks") for row in written[title].values() for column in row} - {"traces", "pairs", "accuracy", "f1"}
+    assert all(f"{column}:" in explained or f"{column}," in explained for column in columns)          # a stranger can read every column
 
 
 @pytest.mark.parametrize(("flags", "said"), [("", "usage"), ("eval", "DATA and --gsrm are needed"), ("eval nowhere --gsrm toy:read", "no problems at nowhere"),

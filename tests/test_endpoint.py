@@ -709,7 +709,8 @@ def test_failed_requests_leave_no_line_and_are_asked_in_the_next_run(fake: Fake,
     assert fake.hits == 14 and len(rows_of(out)) == 12 and "; 2 failed" not in capsys.readouterr().out
 
 
-def test_an_outage_ends_the_command_and_the_next_one_goes_on(fake: Fake, make: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_ends_the_command_and_the_next_one_goes_on(fake: Fake, make: Callable[..., Endpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(module, "Endpoint", lambda url, model, budget, concurrency, deadline, raise_when_down: make(
         url=url, model=model, concurrency=1, retries=0, breaker=3, raise_when_down=raise_when_down))
     fake.behave = lambda body: annotator(body) if fake.hits <= 5 else (0, b"", {})
@@ -717,10 +718,20 @@ def test_an_outage_ends_the_command_and_the_next_one_goes_on(fake: Fake, make: C
     with pytest.raises(SystemExit) as ended:
         annotate_main(command(fake, data, out))
     assert re.fullmatch(rf"error: {fake.url} is down: .*[Cc]onnection.*", str(ended.value.code)) and fake.hits == 8
+    assert "requests 8, " in (said := capsys.readouterr().out) and "connection 3" in said and "prompt_tokens 500" in said      # what it has cost is told also then
     assert len(rows_of(tmp_path / "pairs.jsonl.annotations.jsonl")) == 5 and not out.exists()
     fake.behave = annotator
     annotate_main(command(fake, data, out))
     assert fake.hits == 8 + 7 and len(rows_of(out)) == 12
+
+
+def test_ctrl_c_ends_with_one_line_and_what_it_has_cost(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(module, "annotate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        annotate_main(command(fake, problems_file(tmp_path, PROBLEMS), tmp_path / "o"))
+    assert str(ended.value.code).startswith("interrupted: the same command goes on") and "cost 0" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -760,7 +771,7 @@ def test_kill_and_restart_double_and_lose_nothing(fake: Fake, tmp_path: Path) ->
     problems = [Problem(f"p{n}", f"Problem {n}?", "1", (f"a {n} then b 2",), "math") for n in range(40)]
     out, record, data = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.annotations.jsonl", problems_file(tmp_path, problems)
     fake.behave = lambda body: (time.sleep(0.1), annotator(body))[1]
-    process = subprocess.Popen([sys.executable, "endpoint.py", "annotate", *command(fake, data, out, "--concurrency", "2")], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "gsrm.py", "annotate", *command(fake, data, out, "--concurrency", "2")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120

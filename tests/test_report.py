@@ -240,3 +240,24 @@ def test_a_rollout_is_painted_by_what_its_steps_earned(tmp_path, monkeypatch):
     assert drawn[1][3] == [("m2: q2? 2", yellow), ("", None)]
     with pytest.raises(ValueError, match="no scored steps"):
         plots.rollout_picture(one | {"structure": None}, tmp_path / "x.png")
+
+
+def test_painted_text_is_wrapped_and_keeps_its_words_and_colours():
+    pieces = [("one two", (1, 0, 0)), (" costs $5, not $6\n", None), ("x" * 12, (0, 0, 1)), (" end", None)]
+    figure = plots.painted([pieces, [("second", None)]], width=12)
+    figure.canvas.draw()                                # dollars are no mathematics
+    texts = [t for t in figure.axes[0].texts if t.get_text().strip()]
+    assert [t.get_text() for t in texts] == ["one", "two", "costs", "$5,", "not", "$6", "x" * 12, "end", "second"]
+    places = [(int(t.get_position()[1]), t.get_position()[0]) for t in texts]                          # (line, column)
+    assert places == [(0, 0), (0, 4), (1, 0), (1, 6), (2, 0), (2, 4), (3, 0), (4, 0), (5, 0)]
+    assert [(r.get_x(), r.get_width(), r.get_facecolor()[:3]) for r in figure.axes[0].patches] == [(0, 3, (1, 0, 0)), (3, 1, (1, 0, 0)), (4, 3, (1, 0, 0)), (0, 12, (0, 0, 1))]
+    assert plots.tint("#000000", 0) == (1, 1, 1) and plots.tint("#000000", 7) == (0, 0, 0) and plots.tint("#ff0000", 0.5) == (1, 0.5, 0.5)
+
+
+def test_the_tree_merges_equal_beginnings_only():
+    figure = plots.tree([["a", "b", "c"], ["a", "c", "c"], ["a", "b", "d"]], "root", {("a", "c"): "left here"}, {(): 1.0})
+    where = {(t.get_text(), round(t.get_position()[0])): t.get_position()[1] for t in figure.axes[0].texts if t.get_text()}
+    top, middle = pytest.approx((0 + 1 + 2) / 3), pytest.approx((0 + 1) / 2)
+    assert where == {("root", 0): top, ("a", 1): top, ("b", 2): middle, ("c", 2): 2, ("c", 3): 2, ("d", 3): 1, ("left here", 2): pytest.approx(2.36)}        # the last trace is drawn second
+    boxes = [t.get_text() for t in figure.axes[0].texts if t.get_bbox_patch()]
+    assert sorted(boxes) == ["a", "b", "c", "c", "c", "d", "root"] and len(figure.axes[0].lines) == 6

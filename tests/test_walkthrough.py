@@ -1,7 +1,7 @@
-"""walkthrough.ipynb is what it says: executed anew it gives the outputs it was committed with, in less than three minutes, and leaves nothing in the checkout."""
-import os
+"""walkthrough.ipynb is what it says: executed anew it gives the outputs it was committed with, in less than three minutes of one core, and leaves nothing in the checkout."""
+import math
 import re
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ pytest.importorskip("ipykernel", reason="executing the notebook needs ipykernel:
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "walkthrough.ipynb"
 NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*(?:e[-+]\d+)?")
-TRAINED, ROUNDING = range(14, 17), 12                   # parts behind fifty steps, where another CPU's rounding has grown; the part that measures memory and rounding itself
+ROUNDING, UPDATED, TRAINED = 12, 13, range(14, 17)      # parts: what measures memory and rounding itself; behind one update; behind fifty, where another CPU's rounding has grown
 
 
 def parts(notebook) -> list[list]:
@@ -38,10 +38,24 @@ def pictures(part: list) -> int:
     return sum("image/png" in o.get("data", {}) for cell in code(part) for o in cell.outputs)
 
 
+def value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
+def slack(part: int, number: str) -> float:
+    """How far another machine may be from a committed number: whole numbers are the same, of others the last digit that is printed may be another."""
+    if part in TRAINED:
+        return 0.15 if part == TRAINED[-1] else math.inf                # means over ten steps; single steps and samples go their own way, test_fifty_steps_... looks at what they come to
+    if part == ROUNDING:
+        return max(abs(value(number)), 2e-2)
+    digits = len(number.partition(".")[2])
+    return (1.5 * 10.0**-digits + 0.05 * abs(value(number)) * (part == UPDATED)) * (digits > 0)
+
+
 def files() -> dict[str, int]:
     """Every file of the checkout with its time of change, but for out/ and what Python, git and the tools keep for themselves."""
-    own = ("__pycache__", ".git", "out", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis")
-    return {str(Path(at) / name): (Path(at) / name).stat().st_mtime_ns for at, folders, names in os.walk(ROOT) if not folders.__setitem__(slice(None), [f for f in folders if f not in own]) for name in names}
+    own = {"__pycache__", ".git", "out", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    return {str(path): path.stat().st_mtime_ns for path in ROOT.rglob("*") if not own & set(path.relative_to(ROOT).parts) and path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +65,30 @@ def committed():
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """(the notebook run anew by a fresh kernel in the project's folder, seconds, what changed in the checkout)"""
-    notebook, there = nbformat.read(FILE, as_version=4), files()
+    """(the notebook run anew by a fresh kernel in the project's folder, CPU seconds of the kernel, what changed in the checkout)"""
+    notebook, there, out = nbformat.read(FILE, as_version=4), files(), tmp_path_factory.mktemp("walkthrough")
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.source, cell.outputs = cell.source.replace('Path("out/walkthrough")', f"Path({str(tmp_path_factory.mktemp('walkthrough'))!r})"), []
-    started = time.time()
-    nbclient.NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True).execute()        # an error in a cell raises
-    return notebook, time.time() - started, files().items() ^ there.items()
+            cell.source, cell.outputs = cell.source.replace('Path("out/walkthrough")', f"Path({str(out)!r})"), []
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])                     # of children that have ended: time on a busy machine says nothing
+    before = used()
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True).execute()        # an error in a cell raises
+    return notebook, used() - before, files().items() ^ there.items()
 
 
 def test_every_cell_runs_in_three_minutes_and_nothing_is_left_behind(executed, committed):
     notebook, seconds, changed = executed
-    assert seconds < 180 and not changed
+    assert 5 < seconds < 180 and not changed
     assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(range(1, 1 + sum(cell.cell_type == "code" for cell in committed.cells)))
 
 
 def test_the_outputs_are_the_committed_ones(executed, committed):
     for n, (new, old) in enumerate(zip(parts(executed[0]), parts(committed), strict=True)):
         assert pictures(new) == pictures(old), f"part {n}: pictures"
-        if n in TRAINED:
-            loose = dict(abs=0.25, rel=0.1)
-        else:
-            loose = dict(abs=2e-2, rel=1.0) if n == ROUNDING else dict(abs=2e-4, rel=2e-3)
-            assert NUMBER.sub("0", printed(new)) == NUMBER.sub("0", printed(old)), f"part {n}: words"
-        wanted, got = ([float(x.replace(",", "")) for x in NUMBER.findall(printed(part))] for part in (old, new))
-        assert got == pytest.approx(wanted, **loose), f"part {n}: numbers"
+        assert NUMBER.sub("0", printed(new)) == NUMBER.sub("0", printed(old)), f"part {n}: words"
+        wanted, got = NUMBER.findall(printed(old)), NUMBER.findall(printed(new))
+        for x, y in zip(got, wanted, strict=True):
+            assert abs(value(x) - value(y)) <= slack(n, y), f"part {n}: {x} where {y} was committed"
 
 
 def test_fifty_steps_teach_something(committed, executed):
