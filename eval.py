@@ -234,7 +234,7 @@ def commands(argv: list[str]) -> None:
     two = new("compare", help="two evaluations, paired by problem: B - A with its 95 %% interval and p")
     two.add_argument("a")
     two.add_argument("b")
-    two.add_argument("--plot", type=Path, metavar="PNG", help="draw both pass@k curves with their bands")
+    two.add_argument("--plot", type=Path, metavar="PNG", help="where both pass@k curves with their bands go (default: A-B.png beside B)")
     completions = new("show", help="completions with their steps: the best, the middle and the worst, or those asked for")
     completions.add_argument("out", type=Path, help="folder of a training run, or a file of generations")
     completions.add_argument("--step", type=int, help="training step (default: the last)")

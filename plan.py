@@ -304,9 +304,9 @@ class Lessons(Protocol):
 
 
 def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
-    """The plan of an optimiser step of sft.py, all pairs of the `longest` length: an update of train.py's without rollouts, reference and reward model, its loss by linear_logprob."""
-    step = SimpleNamespace(problems_per_step=config.batch_size, group_size=1, max_new_tokens=longest, cache_gb=CACHE_GB, max_tokens=config.max_tokens, dtype=config.dtype, offload=config.offload,
-                           gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1, w_structure=0.0)
+    """The plan of an optimiser step of sft.py, all pairs of the `longest` length: an update of train.py's without reference and reward model, its loss by linear_logprob."""
+    step = SimpleNamespace(problems_per_step=config.batch_size, group_size=1, max_new_tokens=longest, cache_gb=CACHE_GB, max_tokens=config.max_tokens, dtype=config.dtype,
+                           offload=config.offload, gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1, w_structure=0.0)
     plan = estimate(step, s, [], world, 0)
     return replace(plan, memory={name: plan.memory[name] for name in ("always", "update")}, seconds={"update": plan.seconds["update"]})
 
@@ -314,21 +314,24 @@ def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
 def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
     """The same for sft.py. lengths: tokens of each pair, none where data and tokenizer do not lie here. ValueError where the model's config cannot be read."""
     s = shape(read_config(config.model))
-    longest, source = (max(lengths), f"the longest of {config.data}") if lengths else (config.max_length or s.positions, "--max_length, or the model's positions, as no data and tokenizer lie here")
+    source = f"the longest of {config.data}" if lengths else "--max_length, or the model's positions, as no data and tokenizer lie here"
+    longest = max(lengths) if lengths else config.max_length or s.positions
     plan, counted = lesson(config, s, longest, world), f"; {len(lengths)} pairs, {max(1, round(config.epochs * len(lengths) / config.batch_size))} steps" if lengths else ""
     print(settings_of(config))
     print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")
-    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process\n\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}")
-    print(f"  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}\n  update      {plan.peak / 1e9:6.1f} = always + {gigabytes(plan.memory['update'])}")
+    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process")
+    print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}")
+    print(f"  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
+    print(f"  update      {plan.peak / 1e9:6.1f} = always + {gigabytes(plan.memory['update'])}")
     if plan.cpu:
         print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
     fits = lambda p: p.peak <= USABLE * config.gpu_memory_gb * 1e9
     print(f"{'fits' if fits(plan) else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most; {USABLE:.0%} of a card are counted on")
-    others = {"--gradient_checkpointing True": ({"gradient_checkpointing": True}, world), "--offload True": ({"offload": True}, world)} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8)}
+    others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if n > world}
     for text, (change, processes) in others.items() if not fits(plan) else ():
         if (less := lesson(replace(config, **change), s, longest, processes)).peak < 0.99 * plan.peak:
             print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
-    passes = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}
-    total = plan.seconds["update"]
-    print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s\n  " + ", ".join(f"{name} {share / sum(passes.values()):.0%}" for name, share in passes.items() if share))
+    passes, total = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}, plan.seconds["update"]
+    print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s")
+    print("  " + ", ".join(f"{name} {total * share / sum(passes.values()):.3g} s ({share / sum(passes.values()):.0%})" for name, share in passes.items() if share))

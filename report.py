@@ -213,7 +213,8 @@ def pair(paths: tuple[str, str], sides: list[list[dict]]) -> list[list[dict]]:
 
 
 def compare(first: str, second: str, picture: Path | None = None) -> dict[str, dict[str, float]]:
-    """Prints both files' figures and second - first by the paired bootstrap over the problems that both hold; -> metric -> paired_bootstrap's figures."""
+    """Prints both files' figures and second - first by the paired bootstrap over the problems that both hold, and draws both pass@k curves into `picture` (default: beside
+    the second file); -> metric -> paired_bootstrap's figures."""
     paths, sides, differences, tables = (first, second), [read_generations(path) for path in (first, second)], {}, [{}, {}]
     records = [read_record(record, "config")["config"] if (record := settings_path(Path(path))).is_file() else {} for path in paths]
     for name in records[0] if all(records) else ():
@@ -240,9 +241,11 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
     print("\nB - A, paired by problem (bootstrap over problems)")
     for metric, d in differences.items():
         print(f"{metric:<28}{d['diff']:+.3f}  [{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}  {d['problems']} problems")
-    if picture:
-        if not any(metric.startswith("pass@") for metric in tables[0]):
-            raise ValueError("--plot: pass@k curves need several samples per problem (--k)")
+    curves = any(metric.startswith("pass@") for metric in tables[0])
+    if picture and not curves:
+        raise ValueError("--plot: pass@k curves need several samples per problem (--k)")
+    if curves:
+        picture = picture or Path(second).with_name(f"{Path(first).stem}-{Path(second).stem}.png")
         pass_curves(dict(zip(labels, tables)), picture)
         print(f"wrote {picture}")
     return differences

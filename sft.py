@@ -10,7 +10,8 @@
 GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_prompt, under the model's chat template); --task gsrm refuses pairs that are not.
 The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
 see: no document reads another. A parameter costs 16 bytes (float32 master 4, gradient 4, AdamW 8), in bfloat16 too, which saves time and activations; they are shared
-out over processes (parallel.py), or rest in the CPU's memory (--offload True). Left out on purpose: LoRA, packing, and resume (--keep best leaves its checkpoint as soon as it is made).
+out over processes (parallel.py), or rest in the CPU's memory (--offload True). --dry_run says what fits.
+Left out on purpose: LoRA, packing, and resume (--keep best leaves its checkpoint as soon as it is made).
 """
 import json
 import math
@@ -258,9 +259,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     c = Config(**parser.parse_with(PRESETS, argv))
-    fine = {"model": c.model, "data": c.data or c.dry_run, "out": c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(), "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0,
-            "max_length": c.max_length >= 0, "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
-            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "gpu_memory_gb": c.gpu_memory_gb > 0, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
+    fine = {"model": c.model, "data": c.data or c.dry_run, "out": c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(),
+            "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0, "gpu_memory_gb": c.gpu_memory_gb > 0, "max_length": c.max_length >= 0,
+            "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
+            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
     wrong, wanted = out_of_range(asdict(c), {"seed": (0, 2**63)})
     hints = {"out": "a folder, another one than --model", "eval_share": "a share below 1, and not --eval_data too", wrong: wanted}
     fine |= {wrong: False} if wrong else {}
@@ -285,7 +287,8 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
 def main(config: Config) -> None:
     if config.dry_run:
         here = Path(config.model).is_dir() and Path(config.data or "-").exists()
-        return plan.show_lessons(config, [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model))] if here else [], world()) if rank() == 0 else None
+        lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model))] if here else []
+        return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
     if any((Path(config.out) / name).exists() for name in ("config.json", "run.json")):
         raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out")
     torch.manual_seed(config.seed)

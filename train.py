@@ -145,6 +145,8 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    if "paper-gsrm" in (argv or sys.argv):
+        parser.error("--preset paper-gsrm trains the reward model, not the student: python sft.py --preset paper-gsrm (with --dry_run for its plan)")
     config = Config(**parser.parse_with(PRESETS, argv))
     for f in fields(config):
         if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):

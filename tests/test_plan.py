@@ -181,7 +181,7 @@ def test_bytes_of_the_paper_s_gsrm_by_hand(capsys, tmp_path, monkeypatch):
     sft.main(cfg)
     out = capsys.readouterr().out
     assert all(text in out for text in ("7,615.62M", "4 pairs a step", "25000 tokens each", "100,000 a step", "does not fit in 80 GB: 147.5", "--offload True                               25.7 GB, fits",
-                                        "--nproc_per_node 4                  56.1 GB, fits", "forward 25%, recomputation 25%, backward 50%")) and not list(tmp_path.iterdir())
+                                        "--nproc_per_node 4                  56.1 GB, fits", "forward 3.81 s (25%), recomputation 3.81 s (25%), backward 7.62 s (50%)")) and not list(tmp_path.iterdir())
 
 
 def test_dry_run_of_sft_counts_pairs_that_lie_here(data, tmp_path, capsys):  # noqa: F811
