@@ -161,10 +161,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
     if config.log_to and checks["log_to"] and not importlib.util.find_spec(config.log_to):
         checks["log_to"], hints["log_to"] = False, f"pip install {config.log_to}, or leave the flag out (log.jsonl has every figure)"
-    for name, fine in checks.items():
-        if not fine:
-            help_text = next(f.metadata["help"] for f in fields(config) if f.name == name)
-            parser.error(f"--{name} {getattr(config, name)}: {hints.get(name, help_text)}")
+    if name := next((name for name, fine in checks.items() if not fine), None):
+        parser.error(f"--{name} {getattr(config, name)}: {hints.get(name, Config.__dataclass_fields__[name].metadata['help'])}")
     return config
 
 
