@@ -233,7 +233,11 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
             measures |= {name: name} if all(any(row[name] is not None for row in side) for side in rows) else {}
         for metric, key in measures.items():
             a, b = (problem_means(side, lambda row, key=key: row[key]) for side in rows)
-            differences[metric] = paired_bootstrap(b, a) | {"problems": int((~np.isnan(a - b)).sum())}
+            problems = int((~np.isnan(a - b)).sum())
+            if key == "correct" or problems >= 2:
+                differences[metric] = paired_bootstrap(b, a) | {"problems": problems}
+            else:
+                print(f"note: {metric}: scored on both sides for {problems} problem(s) only, so it is not compared")
     if not differences:
         raise ValueError(f"{first} and {second}: one holds greedy completions, the other sampled ones; there is nothing to compare")
     labels = ["A " + Path(first).stem, "B " + Path(second).stem]

@@ -142,6 +142,13 @@ def test_compare_notes_other_sampling_and_takes_structure_along(tmp_path, capsys
     assert "note: --temperature was 0.6" in capsys.readouterr().out
 
 
+def test_structure_scored_for_too_few_problems_does_not_cost_the_rest(tmp_path, capsys):
+    """An untrained student's text is often unscored: the accuracies are compared all the same."""
+    paths = [store(tmp_path / f"{name}.jsonl", [row(n, True, structure=x) for n, x in zip("pqr", values)]) for name, values in (("a", (0.1, None, None)), ("b", (0.4, 0.2, 0.8)))]
+    got = report.compare(*paths)
+    assert "structure" not in got and got[next(iter(got))]["problems"] == 3 and "note: structure: scored on both sides for 1 problem(s) only" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("other, words", [
     ([row(n, True, sample=s) for n in "pq" for s in range(3)], r"2 samples per problem, .* 3.*same --k"),
     ([row("p", True), row("p", True, sample=1), row("q", True)], "problem q has 1 samples, others have 2.*run its command again"),
