@@ -291,10 +291,11 @@ def annotate_main(argv: list[str]) -> None:
     parser.add_argument("--out", default=argparse.SUPPRESS, help="pairs to write; the record of the work lies beside it (default: out/DATA.pairs.jsonl)")
     for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
         parser.add_argument(f"--{name}", type=at_least({"concurrency": 1, "max_new_tokens": 1, "deadline": 0.001}.get(name, 0), type(default)), default=default)
+    parser.add_argument("--skip_bad", action="store_true", help="list malformed lines of the data instead of stopping at one")
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
     args = parser.parse_args(argv)
     with ending():
-        problems = load_problems(args.data)[:args.limit or None]
+        problems = load_problems(args.data, skip_bad=args.skip_bad)[:args.limit or None]
         if not any(p.teachers for p in problems):
             raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)

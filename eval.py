@@ -107,6 +107,7 @@ class Config:
     temperature: float = field(default=0.6, metadata={"help": "0: one greedy completion per problem"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus"})
     max_new_tokens: int = field(default=32768, metadata={"help": "completion budget; lowered to what the model's positions allow"})
+    skip_bad: bool = field(default=False, metadata={"help": "list malformed lines of the data instead of stopping at one"})
     limit: int = field(default=0, metadata={"help": "only the first so many problems (0: all)"})
     gsrm: str = field(default="", metadata={"help": "reward model for the structure report: checkpoint folder or module:function"})
     judge: str = field(default="", metadata={"help": "its judge, if another checkpoint"})
@@ -180,7 +181,7 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
     """Rows of `evaluate` under the command's flags, with the reward model and the truth that scored them. With `out` they are stored there as the sampler's waves
     finish, and what it holds already is not sampled again."""
     check(config)
-    problems, own = load_problems(config.data, "test")[:config.limit or None], config.engine == "own"
+    problems, own = load_problems(config.data, "test", config.skip_bad)[:config.limit or None], config.engine == "own"
     model, tokenizer = load_model(config.model, config.device, config.dtype) if own else (None, load_tokenizer(config.model))
     prompts = [problem_ids(tokenizer, p, config.instruction) for p in problems]
     model_config = model.config if own else AutoConfig.from_pretrained(config.model)

@@ -48,6 +48,7 @@ class Settings(Protocol):
     gsrm: str
     structure_reward: str
     teacher: str
+    skip_bad: bool
     instruction: str | None
     steps: int
     problems_per_step: int
@@ -239,7 +240,7 @@ def longest_prompt(config: Settings) -> tuple[int, str]:
     """(tokens of the longest prompt, where that comes from): counted where problems and tokenizer lie here."""
     if config.data and Path(config.model).is_dir():
         tokenizer = load_tokenizer(config.model)
-        return max(len(problem_ids(tokenizer, p, config.instruction)) for p in load_problems(config.data)), f"the longest of {config.data}"
+        return max(len(problem_ids(tokenizer, p, config.instruction)) for p in load_problems(config.data, skip_bad=config.skip_bad)), f"the longest of {config.data}"
     return PROMPT, "assumed, as no data and tokenizer lie here"
 
 

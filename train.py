@@ -56,6 +56,7 @@ class Config:
     structure_reward: str = flag("", "module:function that gives the structure reward in place of a GSRM (scorer.OwnReward), for example reward:line_similarity")
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
+    skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
     limit: int = flag(0, "train on the first so many problems only (0: all)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
     w_structure: float = flag(1.0, "weight of the structure reward; 0 asks no GSRM (plain GRPO)")
@@ -114,10 +115,9 @@ class Config:
     gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
 
 
-MANY = math.inf
-RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "teacher_kl", "lora_rank"), (0, MANY)) | dict.fromkeys(
-    ("steps", "max_new_tokens", "gsrm_max_new_tokens", "updates_per_batch", "keep", "max_faults", "max_tokens", "eval_k", "reward_timeout", "lora_alpha"), (1, MANY)) | dict.fromkeys(
-    ("lr", "temperature", "max_grad_norm", "cache_gb", "gpu_memory_gb"), (1e-12, MANY)) | {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)}      # low <= number < high
+RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "teacher_kl", "lora_rank"), (0, math.inf)) | dict.fromkeys(
+    ("steps", "max_new_tokens", "gsrm_max_new_tokens", "updates_per_batch", "keep", "max_faults", "max_tokens", "eval_k", "reward_timeout", "lora_alpha"), (1, math.inf)) | dict.fromkeys(
+    ("lr", "temperature", "max_grad_norm", "cache_gb", "gpu_memory_gb"), (1e-12, math.inf)) | {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)}      # low <= number < high
 CHOICES = {"combine": ("gdpo", "sum"), "scale": ("std", "none"), "aggregation": ("token", "sequence", "fixed"), "level": ("token", "sequence"), "kl_kind": ("k1", "k2", "k3"),
            "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "trackio", "tensorboard"), "resume": ("", "auto")}
 PRESETS: dict[str, dict] = {
@@ -168,10 +168,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """(training, evaluation) problems."""
-    problems = load_problems(config.data)[:config.limit or None]
+    problems = load_problems(config.data, "train", config.skip_bad)[:config.limit or None]
     if config.w_structure and (bare := [p.id for p in problems if not p.teachers]):
         raise ValueError(f"{config.data}: {len(bare)} problems have no teacher trace (first: {bare[0]}), so their structure cannot be rewarded: drop them, or use --w_structure 0")
-    held_out = load_problems(config.eval_data or config.data, "test") if config.eval_data or (Path(config.data) / "test.jsonl").is_file() else []
+    held_out = load_problems(config.eval_data or config.data, "test", config.skip_bad) if config.eval_data or (Path(config.data) / "test.jsonl").is_file() else []
     return problems, held_out[:config.eval_problems]
 
 

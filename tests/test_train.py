@@ -237,3 +237,11 @@ def test_problems_without_teachers_cannot_be_structure_rewarded(tmp_path):
     with pytest.raises(ValueError, match="no teacher trace"):
         train.load_data(config(tmp_path / "p.jsonl", tmp_path / "out"))
     assert len(train.load_data(config(tmp_path / "p.jsonl", tmp_path / "out", "--w_structure", "0"))[0]) == 1
+
+
+def test_skip_bad_lists_the_lines_and_goes_on(data, tmp_path, capsys):
+    file = tmp_path / "train.jsonl"
+    file.write_text(data.read_text() + '{"id": "x"}\n')
+    with pytest.raises(ValueError, match="train.jsonl:13"):
+        train.load_data(config(file, tmp_path / "out"))
+    assert len(train.load_data(config(file, tmp_path / "out", "--skip_bad", "True"))[0]) == 12 and "train.jsonl:13" in capsys.readouterr().err
