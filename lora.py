@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data import Tokenizer, save_model
+from parallel import hollow
 from rollout import check_head
 
 
@@ -70,10 +71,7 @@ def merge(state: dict[str, torch.Tensor], scaling: dict[str, float]) -> dict[str
 
 def save_merged(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, state: dict[str, torch.Tensor], adapter: Path | None = None) -> None:
     """Writes the merged model to `out`, as a plain Hugging Face checkpoint, and the adapters alone to `adapter`, as peft does. `state`: parallel.whole_state."""
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    plain.generation_config = model.generation_config
-    save_model(plain, tokenizer, out, merge(state, {name: layer.scaling["default"] for name, layer in adapted(model).items()}))
+    save_model(hollow(model, torch.float32), tokenizer, out, merge(state, {name: layer.scaling["default"] for name, layer in adapted(model).items()}))
     if adapter:
         adapter.mkdir(parents=True, exist_ok=True)
         model.peft_config["default"].save_pretrained(str(adapter))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 PATIENCE = timedelta(hours=2)                            # of a collective; waiting for rewards has a shorter one of its own (`meet`)
@@ -168,3 +168,11 @@ def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             if rank() == 0:
                 state[name] = value.cpu()
     return state
+
+
+def hollow(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A plain model of the same kind, without weights: what data.save_model writes a `whole_state` through."""
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    plain.generation_config = model.generation_config
+    return plain

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import plan
 from command import ConfigParser, ending, flag, folder, out_of_range
@@ -47,7 +47,7 @@ from data import (
 )
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, inside, rank, recompute, shard, start, units, whole_state, world
+from parallel import all_sum, finish, hollow, inside, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
 from update import even
 
@@ -278,9 +278,7 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
     """Writes the checkpoint in `dtype`, from the shards of all processes."""
     state = whole_state(model)
     if rank() == 0:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
-        plain.generation_config = model.generation_config
+        plain = hollow(model, getattr(torch, dtype))
         save_model(plain, tokenizer, out, {name: x.to(plain.dtype) if x.is_floating_point() else x for name, x in state.items()})
 
 
