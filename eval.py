@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from command import ConfigParser, Parser, ending, read_record
+from command import ConfigParser, Parser, ending, flag, read_record
 from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
@@ -103,22 +103,22 @@ class Config:
     """Flags of `python eval.py`; sampling as DeepSeek-R1 and the paper do it."""
     model: str = field(metadata={"help": "checkpoint folder or hub name"})
     data: str = field(metadata={"help": "problems: JSONL, or a folder with test.jsonl"})
-    k: int = field(default=1, metadata={"help": "samples per problem"})
-    temperature: float = field(default=0.6, metadata={"help": "0: one greedy completion per problem"})
-    top_p: float = field(default=0.95, metadata={"help": "nucleus"})
-    max_new_tokens: int = field(default=32768, metadata={"help": "completion budget; lowered to what the model's positions allow"})
-    skip_bad: bool = field(default=False, metadata={"help": "list malformed lines of the data instead of stopping at one"})
-    limit: int = field(default=0, metadata={"help": "only the first so many problems (0: all)"})
-    gsrm: str = field(default="", metadata={"help": "reward model for the structure report: checkpoint folder or module:function"})
-    judge: str = field(default="", metadata={"help": "its judge, if another checkpoint"})
-    truth: str = field(default="", metadata={"help": "module:function that reads true steps"})
-    gsrm_max_new_tokens: int = field(default=2048, metadata={"help": "budget of a written structure"})
-    instruction: str | None = field(default=None, metadata={"help": "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')"})
-    seed: int = field(default=0, metadata={"help": "of the samples"})
-    out: str = field(default="", metadata={"help": "where the generations go (default: out/eval/<model>-<data>.jsonl)"})
-    engine: str = field(default="own", metadata={"help": "own, or vllm (pip install vllm)"})
-    dtype: str = field(default="auto", metadata={"help": "of the models: float32, bfloat16, float16, or auto: what the checkpoint was saved in"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
+    k: int = flag(1, "samples per problem")
+    temperature: float = flag(0.6, "0: one greedy completion per problem")
+    top_p: float = flag(0.95, "nucleus")
+    max_new_tokens: int = flag(32768, "completion budget; lowered to what the model's positions allow")
+    skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
+    limit: int = flag(0, "only the first so many problems (0: all)")
+    gsrm: str = flag("", "reward model for the structure report: checkpoint folder or module:function")
+    judge: str = flag("", "its judge, if another checkpoint")
+    truth: str = flag("", "module:function that reads true steps")
+    gsrm_max_new_tokens: int = flag(2048, "budget of a written structure")
+    instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
+    seed: int = flag(0, "of the samples")
+    out: str = flag("", "where the generations go (default: out/eval/<model>-<data>.jsonl)")
+    engine: str = flag("own", "own, or vllm (pip install vllm)")
+    dtype: str = flag("auto", "of the models: float32, bfloat16, float16, or auto: what the checkpoint was saved in")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
 def check(config: Config) -> None:
