@@ -247,6 +247,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
     if unused := report["unexpected_keys"]:
         print(f"{path}: {len(unused)} weights are left out, a {type(model).__name__} has no place for them (first: {min(unused)})", file=sys.stderr)
+    if any(getattr(model.generation_config, name, None) is not None for name in ("temperature", "top_p", "top_k")):
+        model.generation_config.do_sample = True         # settings of sampling without it are a contradiction, which could be loaded but not saved again
     return model.eval(), tokenizer
 
 

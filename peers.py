@@ -182,7 +182,7 @@ def sample_hf(job: Job, **more: object) -> list[int]:
 def sample_hf_continuous(job: Job) -> list[int]:
     """transformers' continuous batching with a paged cache, of a page more than the rows need: left to itself it takes the machine's memory, for a mask above all."""
     rows, pages = len(job.prompts) * job.group, -(-(max(map(len, job.prompts)) + job.max_new_tokens) // 256)
-    size = ContinuousBatchingConfig(page_size=256, num_blocks=rows * pages + 1, max_batch_tokens=max(256, 2 * rows))
+    size = ContinuousBatchingConfig(num_blocks=rows * pages + 1, max_batch_tokens=max(256, 2 * rows))           # of 256 tokens each, its default
     results = job.model.generate_batch([p for p in job.prompts for _ in range(job.group)], generation_config=settings(job), continuous_batching_config=size, progress_bar=False)
     return up_to_stop([result.generated_tokens for result in results.values()], job.stop_ids)
 

@@ -125,8 +125,8 @@ def run_record(config: object, data: dict[str, str], template: str) -> dict:
     """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files and of the chat template."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {}
-    for name in ("torch", "transformers", "triton", "tiktoken", "numpy", "math-verify", "safetensors"):
+    versions: dict[str, str | None] = {"torch": torch.__version__}           # with its build, +cu130
+    for name in ("transformers", "triton", "tiktoken", "numpy", "math-verify", "safetensors"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
