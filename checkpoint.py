@@ -10,6 +10,7 @@ Left out on purpose: incremental checkpoints, remote storage.
 """
 import hashlib
 import json
+import math
 import shutil
 import sys
 import warnings
@@ -100,7 +101,8 @@ class Checkpoints:
 def spare(folder: Path, keep: int) -> list[Path]:
     """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward."""
     older = sorted(folder.glob("step_*"))[:-keep]
-    best = max(older, key=lambda path: (json.loads((path / "state.json").read_text()).get("reward") or -1e9, path.name), default=None)
+    reward = lambda path: -math.inf if (found := json.loads((path / "state.json").read_text()).get("reward")) is None else found
+    best = max(older, key=lambda path: (reward(path), path.name), default=None)
     return [path for path in older if path != best]
 
 

@@ -24,14 +24,15 @@ CLAIMS = (   # what the paper says or implies, arm, against, figure
     ("... and at pass@64 (guesses not counted)", "rlkd", "grpo", "found@64"),
     ("RLKD's pass@64 is above the base's: it finds what the base does not", "rlkd", "base", "found@64"),
     ("RLKD follows the teacher's structure more than GRPO does", "rlkd", "grpo", "structure"),
-    ("... because it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
+    ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
     ("RLKD is more accurate than SFT on the same teacher traces", "rlkd", "sft 512", "sampled"),
-    ("SFT copies the surface: it raises the structure reward less than RLKD", "rlkd", "sft 512", "structure"),
+    ("... and at pass@64 (guesses not counted)", "rlkd", "sft 512", "found@64"),
+    ("RLKD follows the teacher's structure more than SFT does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
     ("0.1 % of the data are enough: RLKD on 8 problems against SFT on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
     ("RLKD beats GRPO on larger problems", "rlkd", "grpo", "larger"),
     ("... and on a wording never seen", "rlkd", "grpo", "other"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
-    ("RL without SFT before it is enough (RLKD-Zero): from the base against from SFT", "rlkd", "sft 512 -> rlkd", "sampled"),
+    ("RL from the base beats RL after SFT (RLKD-Zero)", "rlkd", "sft 512 -> rlkd", "sampled"),
     ("After SFT, RLKD beats GRPO", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
@@ -62,7 +63,7 @@ def values(runs: Runs, regime: str, arm: str, name: str) -> np.ndarray:
 def gains(runs: Runs, regime: str, arm: str, against: str, name: str) -> np.ndarray:
     """arm - against, of the seeds that both have."""
     a, b = runs.get((regime, arm), {}), runs.get((regime, against), {})
-    return np.array([a[seed][name] - b[seed][name] for seed in sorted(a.keys() & b.keys())], dtype=float)
+    return np.array([a[seed][name] - b[seed][name] for seed in sorted(a.keys() & b.keys()) if None not in (a[seed].get(name), b[seed].get(name))], dtype=float)
 
 
 def cell(sample: np.ndarray, digits: int = 2, sign: str = "") -> str:
@@ -116,8 +117,7 @@ def band(axes, x: list, samples: list[np.ndarray], color: str, label: str, line:
     found = [mean_interval(sample) for sample in samples]
     mean = np.array([f[0] for f in found])
     axes.plot(x, mean, line, color=color, label=label, marker="o" if len(x) < 9 else None, markersize=4)
-    if all(np.isfinite(f[2]) for f in found):
-        axes.fill_between(x, [max(0, f[2]) for f in found], [min(1, f[3]) for f in found], color=color, alpha=0.18, linewidth=0)
+    axes.fill_between(x, [max(0, f[2]) for f in found], [min(1, f[3]) for f in found], where=[np.isfinite(f[2]) for f in found], color=color, alpha=0.18, linewidth=0)
 
 
 def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabel: str, **more) -> None:
@@ -130,6 +130,8 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
         if axes.get_xscale() == "log":
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.grid(alpha=0.3)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no runs yet", transform=axes.transAxes, ha="center", color="0.5")
     grid[0][0].set_ylabel(ylabel)
     handles = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
@@ -153,7 +155,7 @@ def draw_data(runs: Runs, path: Path) -> None:
                 band(axes, there, [values(runs, regime, arms[n], "sampled") for n in there], color, label)
         for arm in ("base", "grpo"):
             if (regime, arm) in runs:
-                axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle="--", label=arm + (", 512 problems" if arm == "grpo" else ""))
+                axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle=":" if arm == "base" else "--", label=arm + (", 512 problems" if arm == "grpo" else ""))
     side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", "accuracy, sampled", xlim=(6, 11000), xscale="log", ylim=(0, 1))
 
 
@@ -178,7 +180,7 @@ def draw_left(runs: Runs, path: Path) -> None:
         if not len(shares):
             axes.axis("off")
             continue
-        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=0.6, aspect="auto")
+        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(width + 1), [*map(str, range(1, width + 1)), "never"], fontsize=8)
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
         axes.set(title=regime, xlabel="step at which the student leaves every teacher branch")
@@ -229,7 +231,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                                [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
                                                 for arm in mine if len(values(runs, regime, arm, "gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
-    made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} core-hours of training and evaluation."
+    made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation, on a machine that did other things too."
     made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], {name: METRICS[name] for name in ("greedy", "sampled", "found@64", "structure", "larger", "other")})
     return made
 

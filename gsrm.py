@@ -121,7 +121,7 @@ def judge_prompt(kind: str, teacher: str, student: str) -> str:
 class Score:
     """value: the reward, None = unscored. steps: what each student step earned on the trace followed. left_at: index of the first student step off
     every branch, None if it never left. trace: which teacher trace was followed. structure: the student's steps. reason: why there is no value.
-    choices: for each step judged on that trace, was the sub-problem (meta and query) the teacher's; a last False may be where the trace was left."""
+    choices: for each step judged on that trace, was the sub-problem (meta and query) the teacher's; a last False may be where the trace was left (with stop=False: any)."""
     value: float | None
     steps: list[float] = field(default_factory=list)
     left_at: int | None = None
@@ -317,7 +317,7 @@ class GSRM:
     def decompose(self, problems: list[str], traces: list[str]) -> list[list[Step] | None]:
         """The structure of each trace, its unfaithful steps left out; None where two attempts gave nothing that can be read."""
         pending = dict.fromkeys(zip(problems, traces))
-        for _attempt in range(2):
+        for _attempt in range(2):                        # for servers; a model in this process says the same again, unless its batch rounds otherwise
             todo = [pt for pt, steps in pending.items() if steps is None]
             self.stats["decompositions"] += len(todo)
             for (problem, trace), text in zip(todo, self.generate([decompose_prompt(p, t) for p, t in todo]) if todo else ()):

@@ -118,13 +118,13 @@ def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False)
         raise ValueError(f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be sharded")
     policy = {"mesh": init_device_mesh(model.device.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
               "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()}
-    hollow = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})       # for `gathered`: no weights
+    bare = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})       # for `gathered`: no weights
     for layer in layers:
         fully_shard(layer, **policy)
     fully_shard(model, **policy, reshard_after_forward=False)
     model.inside = types.MethodType(lambda self, call: call(), model)
     register_fsdp_forward_method(model, "inside")
-    model.__dict__["hollow"] = hollow                    # past Module.__setattr__: it is no part of the model
+    model.__dict__["bare"] = bare                    # past Module.__setattr__: it is no part of the model
     return model
 
 
@@ -142,12 +142,12 @@ def gathered(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         return
     for unit in units(model):
         unit.unshard()
-    for name, module in model.hollow.named_modules():
+    for name, module in model.bare.named_modules():
         module._parameters.update(model.get_submodule(name)._parameters)
     try:
-        yield model.hollow
+        yield model.bare
     finally:
-        for module in model.hollow.modules():
+        for module in model.bare.modules():
             module._parameters.update(dict.fromkeys(module._parameters))                    # None: a use of what is freed now would be an error
         for unit in units(model)[::-1]:
             unit.reshard()

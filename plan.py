@@ -210,7 +210,8 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
                          "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
     if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
-        memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded
+        kl = min(1 << 28, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: a slice of logits, the head's gradient twice, that of the hidden states
+        memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded + kl
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
              "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
@@ -230,7 +231,7 @@ def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
     other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0}, "--gsrm http://...": {"gsrm": "http://"}}
     new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
     together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
-    return ([(text, replace(config, **change), world) for text, change in new.items() if text in free] + [(" ".join(text for text in new if text in free), replace(config, **together), world)]
+    return ([(text, replace(config, **change), world) for text, change in new.items() if text in free] + [(" ".join(text for text in new if text in free), replace(config, **together), world)] * (sum(text in free for text in new) > 1)
             + [(text, replace(config, **change), world) for text, change in new.items() if text in other]
             + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step])
 
@@ -271,7 +272,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     print(f"batch          {config.problems_per_step} problems x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {r.rows} in each of {world} process(es); at most "
           f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {config.problems_per_step * config.group_size * r.longest:,} a step")
     print(f"sampling       {r.together} rows at a time, {math.ceil(r.rows / r.together)} wave(s)" + (f"; the reward model {plan.reader.together} at a time, {math.ceil(plan.reader.rows / plan.reader.together)} wave(s)" if plan.reader else ""))
-    print(f"update         up to {plan.micro_batches} micro-batches of {config.max_tokens} tokens in each process, {updates} optimiser step(s) a batch, {config.steps * updates} in all")
+    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, r.longest)} tokens in each process, {updates} optimiser step(s) a batch, {config.steps * updates} in all")
     if r.longest > s.positions:
         print(f"too long       the model has {s.positions} positions: --max_new_tokens {s.positions - prompt} is the most" if prompt < s.positions else f"too long       the model has {s.positions} positions, the prompt {prompt}")
     print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}\n  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
@@ -329,7 +330,7 @@ def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
         print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
     fits = lambda p: p.peak <= USABLE * config.gpu_memory_gb * 1e9
     print(f"{'fits' if fits(plan) else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most; {USABLE:.0%} of a card are counted on")
-    others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if n > world}
+    others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if world < n <= config.batch_size}
     for text, (change, processes) in others.items() if not fits(plan) else ():
         if (less := lesson(replace(config, **change), s, longest, processes)).peak < 0.99 * plan.peak:
             print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")

@@ -53,7 +53,7 @@ def plot(runs: Sequence[str], path: Path) -> None:
                 steps, y, smooth = curve(log, key)
                 axes.plot(steps, y, color=color, alpha=0.2, linewidth=0.8)
                 axes.plot(steps, smooth, line, color=color, label=label + (f", {name}" if len(logs) > 1 else ""))
-    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, max(1.0, axes.dataLim.y1)))         # above 1: --normalize False
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -123,7 +123,8 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
 
 
 def true_structure(truth: Callable[[str], list[Step]] | None, problems: list[Problem], texts: list[str]) -> list[float | None]:
-    """Structure reward of each completion by the true structures, None where there is no truth to read."""
+    """Structure reward of each completion by the true structures, None where there is no truth to read. Always the paper's rule over all teacher traces, normalised:
+    a measure, whatever the run's own reward is."""
     if truth is None:
         return [None] * len(texts)
     read = {t: truth(t) for p in {p.id: p for p in problems}.values() for t in p.teachers}

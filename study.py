@@ -1,6 +1,6 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: under half an hour on two cores
+    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: half an hour on two cores
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
@@ -63,7 +63,7 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["base", "sft 512", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
-NEEDED = ("greedy", "sampled", "pass@64", "found@64", "structure", "choice", "answer", "paths", "length", "larger", "other", "left", "seconds", "commands")     # of a line of the results
+NEEDED = ("greedy", "sampled", "pass@64", "found@64", "structure", "choice", "answer", "paths", "length", "larger", "other", "left", "never left", "seconds", "commands")     # of a line of the results
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 
 
@@ -187,10 +187,20 @@ def go_on(args) -> None:
         if not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
             for command in data_commands(regime, path):
                 run(command, threads, path / "log.txt")
+    written = Lock()
+
+    def work(key: tuple[str, str, int]) -> None:
+        row = one(*key, args.out, threads)
+        with written:                                     # by whoever has finished, so that nothing is lost where another one fails
+            append_jsonl(args.results, [row])
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
-        for future in as_completed([pool.submit(one, *key, args.out, threads) for key in todo]):
-            append_jsonl(args.results, [future.result()])
-            bar.update()
+        try:
+            for future in as_completed([pool.submit(work, key) for key in todo]):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def main() -> None:
@@ -210,7 +220,7 @@ def main() -> None:
         go_on(args)
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
-    template, rows = Path(__file__).parent / "docs/study.md", sorted(rows, key=order)
+    template, rows = Path(__file__).resolve().parent / "docs/study.md", sorted(rows, key=order)
     written = evidence.report(rows, args.results.with_suffix(".md"), template)
     if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
         readme = template.parent.parent / "README.md"

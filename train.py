@@ -1,7 +1,7 @@
 """RLKD: reinforcement learning on following the teacher's reasoning structure (arXiv 2505.16142).
 
     repeat:  sample G completions for each of P problems                                      rollout.py
-             reward = w_s * structure (GSRM) + w_o * outcome + w_f * format                   gsrm.py, eval.py
+             reward = w_s * structure (GSRM) + w_o * outcome + w_f * format                   reward.py: gsrm.py, grade.py
              advantage = reward against the others of its group                               grpo.py
              one step up the clipped policy gradient, held near the start by beta * KL        update.py: grpo.py, logprob.py
 
@@ -46,8 +46,8 @@ from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, trac
 
 @dataclass(frozen=True)
 class Config:
-    """Flags of `python train.py`; defaults suit 1.5B-7B students (../docs say why). A preset overrides defaults, flags override the preset."""
-    preset: str = flag("toy", "toy, or none")
+    """Flags of `python train.py`; defaults suit 1.5B-7B students. A preset overrides defaults, flags override the preset."""
+    preset: str = flag("toy", "none, toy, qwen1.5b, paper or paper-zero")
     model: str = flag("", "student: checkpoint folder or hub name")
     data: str = flag("", "problems with teacher traces: JSONL, or a folder with train.jsonl and test.jsonl")
     eval_data: str = flag("", "problems for the tables before and after; empty: test.jsonl of a --data folder, if there is one")
@@ -145,7 +145,7 @@ def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    if "paper-gsrm" in (argv or sys.argv):
+    if ("--preset", "paper-gsrm") in zip(words := sys.argv if argv is None else argv, words[1:]):
         parser.error("--preset paper-gsrm trains the reward model, not the student: python sft.py --preset paper-gsrm (with --dry_run for its plan)")
     config = Config(**parser.parse_with(PRESETS, argv))
     for f in fields(config):
@@ -153,7 +153,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
             parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
     checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
     checks |= {"group_size": config.group_size >= 2, "top_p": config.top_p == 1, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
-               "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher))}
+               "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher and config.teacher_kl))}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
              "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or give a --teacher)"}
     wrong, wanted = out_of_range(asdict(config), RANGES)
@@ -251,10 +251,10 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     return metrics, table, [rollout.completion(n) for n in range(len(rows))]
 
 
-def measure(run: Run, held_out: list[Problem], path: Path) -> str:
-    """Evaluates the student on the first process, the others wait; -> the means in words."""
+def measure(run: Run, path: Path) -> str:
+    """Evaluates the student on the held-out problems, on the first process; the others wait. -> the means in words."""
     with parallel.gathered(run.model) as model:
-        return evaluation.before_after(model, run.tokenizer, held_out, run.gsrm, run.truth, path, run.config) if held_out and rank() == 0 else ""
+        return evaluation.before_after(model, run.tokenizer, run.held_out, run.gsrm, run.truth, path, run.config) if rank() == 0 else ""
 
 
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
@@ -263,8 +263,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
     faults = Faults(config.max_faults, state.get("faults", 0), state.get("rolled_back", False))
 
     def save() -> None:
-        mean = float(np.mean(rewards)) if rewards else math.nan
-        checkpoints.save(run.model, run.tokenizer, run.optimizer, done, reward=None if math.isnan(mean) else mean, faults=faults.in_row, rolled_back=faults.rolled_back)
+        checkpoints.save(run.model, run.tokenizer, run.optimizer, done, reward=float(np.mean(rewards)) if rewards else None, faults=faults.in_row, rolled_back=faults.rolled_back)
         rewards.clear()
 
     with leaving() as leave:
@@ -272,7 +271,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
             for step in range(done, config.steps):
                 metrics, table, tokens = step_once(run, step, leave)
                 done, saved = step + 1, False
-                rewards.append(metrics["reward"])
+                rewards.extend([metrics["reward"]] * math.isfinite(metrics["reward"]))          # a step without a scored row has none
                 if rank() == 0:
                     append_jsonl(out / "rollouts.jsonl", table)
                     append_jsonl(out / "log.jsonl", [metrics])
@@ -288,10 +287,11 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                     checkpoints.wait()
                     good = newest_of_all(out / "checkpoints")[0]
                     if verdict == "stop" or good is None:
-                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{', again after going back to a checkpoint' * (verdict == 'stop')}: "
-                                                 f"lower --lr, look at {out / 'faults'}, or at the data of those steps")
+                        again = ", again after going back to a checkpoint" * (verdict == "stop")
+                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: lower --lr, look at {out / 'faults'}, or at the data of those steps")
                     load_checkpoint(good, run.model, run.optimizer)
-                    print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
+                    if rank() == 0:
+                        print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
                 if saved := bool(verdict) or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
                     save()
                 checkpoints.wait(0)
@@ -314,27 +314,27 @@ def main(config: Config) -> None:
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
     run = set_up(config, out)
-    held_out = run.held_out
-    check_room(run.tokenizer, [*run.problems, *held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
+    check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
     if rank() == 0:
         if config.resume:
             cut_logs(out, state["step"])
-        files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if held_out else [])
+        files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if run.held_out else [])
         (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
     say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + (f", going on from {start}" if start else ""), flush=True)
-    if state["step"] == 0 and held_out:
-        say(f"evaluating the student before training on {len(held_out)} held-out problems ...", flush=True)
-        say(f"before training: {measure(run, held_out, out / 'eval_before.jsonl')}", flush=True)
+    if state["step"] == 0 and run.held_out:
+        say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
+        say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)
     train_on(run, state, out, checkpoints)
     checkpoints.wait()
     whole = parallel.whole_state(run.model)
     if rank() == 0:
         (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
         report.plot([str(out)], out / "curve.png")
-    measure(run, held_out, out / "eval_after.jsonl")
+    if run.held_out:
+        measure(run, out / "eval_after.jsonl")
     if rank() == 0:
         report.print_end(out)
 

@@ -59,7 +59,8 @@ def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Ro
 def load_teacher(path: str, tokenizer: Tokenizer, device: str, dtype: str) -> PreTrainedModel:
     """The frozen teacher model of on-policy distillation; ValueError where its tokens are not the student's."""
     teacher, other = load_model(path, device, dtype)
-    if len(other) != len(tokenizer) or any(other.decode([i]) != tokenizer.decode([i]) for i in range(len(tokenizer))):
+    tokens = lambda t: t.get_vocab() if hasattr(t, "get_vocab") else (t.spec["words"], t.spec["special"])
+    if tokens(other) != tokens(tokenizer):
         raise ValueError(f"--teacher {path}: its tokenizer is not the student's, so their probabilities cannot be compared; choose a model of the same family, or use its traces")
     check_head(teacher)
     return teacher.requires_grad_(False)
@@ -105,7 +106,7 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     model.train()
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
-    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher)]      # the others have gradient 0
+    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
     total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())} | ({"teacher_kl": 0.0} if teacher else {})
 
     def tally(part: dict[str, torch.Tensor]) -> None:
@@ -119,6 +120,8 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
         if ref_logp is not None:
             per_token["ref_logp"] = ref_logp[rows][valid]
         tokens = [prompts[n] for n in rows], [rollout.completion(n) for n in rows]
+        if not piece:
+            per_token["advantages"] = torch.zeros_like(per_token["advantages"])         # the pass is there for the collectives: what it cannot blow up it cannot spoil
         seen = teacher_view(teacher, *tokens) if teacher else None
         loss = inside(model, partial(micro_loss, model, *tokens, per_token, config, tally if piece else lambda part: None, seen)) * bool(piece)
         (loss * world()).backward()                                                     # FSDP2 averages over processes, shares are to be summed

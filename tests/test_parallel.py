@@ -69,7 +69,7 @@ for dtype in ("float32", "bfloat16"):
     model, whole = (load_model("toy/student", "cpu")[0] for _ in range(2))
     sampler = Sampler(model, {1, 2}, 0)
     parallel.shard(model, dtype)
-    assert not list(model.hollow.parameters()) and len(list(model.hollow.buffers())) == len(list(model.buffers()))        # no weights of its own
+    assert not list(model.bare.parameters()) and len(list(model.bare.buffers())) == len(list(model.buffers()))        # no weights of its own
     for step in range(2):
         plain = load_model("toy/student", "cpu", dtype)[0]
         plain.load_state_dict(whole.state_dict())
@@ -113,7 +113,7 @@ def test_a_step_on_float32_masters_samples_by_the_loop_for_graphs(data, tmp_path
         run = train.set_up(config(data, tmp_path, "--dtype", "bfloat16", "--beta", "0.01"), tmp_path)
         run.sampler.static = True                                                           # a GPU's default
         metrics = train.step_once(run, 0)[0]
-        assert run.sampler.model is run.model.hollow and run.sampler.static and metrics["skipped_step"] == 0
+        assert run.sampler.model is run.model.bare and run.sampler.static and metrics["skipped_step"] == 0
         assert 0 < metrics["sampling/sampling_logp_difference/mean"] < 0.02
     finally:
         parallel.finish()

@@ -129,7 +129,7 @@ def test_a_teacher_model_is_counted(capsys):
     without, with_teacher = plan.estimate(cfg, s, [], 1, 1024), plan.estimate(cfg, s, [], 1, 1024, t)
     assert with_teacher.memory["always"]["teacher"] == 2 * t.params and without.memory["always"]["teacher"] == 0 and plan.estimate(cfg, s, [], 4, 1024, t).memory["always"]["teacher"] == t.params / 2
     assert with_teacher.seconds["update"] - without.seconds["update"] == pytest.approx(2 * t.params * 512 * 4096 / plan.FLOPS)
-    assert sum(with_teacher.memory["update"].values()) - sum(without.memory["update"].values()) == 16384 * 2 * (5 * 3584 + 3 * 18944) + 4 * t.layer
+    assert sum(with_teacher.memory["update"].values()) - sum(without.memory["update"].values()) == 16384 * 2 * (5 * 3584 + 3 * 18944) + 4 * t.layer + (1 << 28) * 2 + 4 * 151_936 * 1536 + 4 * 16384 * 1536
     train.main(train.parse_config([*FULL, "--teacher", "Qwen/Qwen2.5-Math-7B", "--structure_reward", "reward:line_similarity"]))
     said = capsys.readouterr().out
     assert "teacher        Qwen/Qwen2.5-Math-7B: 7,615.62M parameters" in said and "reward model   reward:line_similarity\n" in said

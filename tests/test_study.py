@@ -129,7 +129,7 @@ def test_the_page_is_made_from_the_rows_alone(tmp_path):
     pages = [evidence.report(rows() + rows("dense"), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
     assert [p.read_bytes() for p in pages[0]] == [p.read_bytes() for p in pages[1]] and len(pages[0]) == 1 + len(evidence.PICTURES)
     text = pages[0][0].read_text()
-    assert text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 core-hours" in text and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text
+    assert text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 hours" in text and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text
     with pytest.raises(ValueError, match="study-magic"):
         evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
 
@@ -147,4 +147,4 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
         if f"Matplotlib version{matplotlib.__version__}".encode() in committed:
             assert picture.read_bytes() == committed, picture.name
     prose = re.sub(r"<!-- (study-[\w-]+) -->.*?<!-- /\1 -->|```.*?```|arXiv [\d.]+|arxiv.org/abs/[\d.]+", "", (ROOT / "docs/study.md").read_text(), flags=re.DOTALL)
-    assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.2M-parameter", ""))
+    assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.16M-parameter", ""))
