@@ -198,9 +198,8 @@ def go_on(args) -> None:
             for future in as_completed([pool.submit(work, key) for key in todo]):
                 future.result()
                 bar.update()
-        except BaseException:
+        finally:                                          # where one has failed, what has begun ends, and nothing else begins
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def main() -> None:

@@ -148,3 +148,21 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
             assert picture.read_bytes() == committed, picture.name
     prose = re.sub(r"<!-- (study-[\w-]+) -->.*?<!-- /\1 -->|```.*?```|arXiv [\d.]+|arxiv.org/abs/[\d.]+", "", (ROOT / "docs/study.md").read_text(), flags=re.DOTALL)
     assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.16M-parameter", ""))
+
+
+def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
+    """One run's failure ends the study; what ran beside it is written down, what had not begun does not begin."""
+    begun = []
+
+    def one(regime, arm, seed, out, threads):
+        begun.append(seed)
+        if seed == 1:
+            raise RuntimeError("seed 1 failed")
+        return row(regime, arm, seed, 0.5)
+    monkeypatch.setattr(study, "one", one)
+    monkeypatch.setattr(study, "run", lambda *a: None)
+    file = tmp_path / "study.jsonl"
+    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "--regimes", "sparse", "--seeds", *map(str, range(40)), "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    with pytest.raises(RuntimeError, match="seed 1 failed"):
+        study.main()
+    assert [r["seed"] for r in study.read_results(file)] == [seed for seed in begun if seed != 1] and 0 in begun and len(begun) < 40
