@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,7 @@ def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
         begun.append(seed)
         if seed == 1:
             raise RuntimeError("seed 1 failed")
+        time.sleep(0.05)
         return row(regime, arm, seed, 0.5)
     monkeypatch.setattr(study, "one", one)
     monkeypatch.setattr(study, "run", lambda *a: None)
