@@ -212,7 +212,7 @@ PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left":
 
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice", "answer": "answer on the branch", "paths": "right walks",
            "length": "length", "larger": "larger: sampled", "larger structure": "structure", "other": "reworded: sampled", "other structure": "structure"}
-LEVELS = {"5 people": "5, 2-3", "7 people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13 people": "13, 9-10"}
+LEVELS = {"5-people": "5, 2-3", "7-people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13-people": "13, 9-10"}
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 

@@ -37,7 +37,7 @@ SETS = {"test": 12, "larger": 13, "other": 15}            # held-out sets by the
 MADE = "python toy.py problems --people {people} --needed {needed} "
 REGIMES = {   # name -> (people, how many the answer takes), of training and of the larger problems
     "sparse": ((11, "7 8"), (13, "9 10")), "dense": ((9, "4 6"), (11, "7 8")),                                          # the two regimes of all arms
-    "5 people": ((5, "2 3"), (7, "3 4")), "7 people": ((7, "3 4"), (9, "4 6")), "13 people": ((13, "9 10"), (14, "10 11")),     # more difficulties, for base, GRPO and RLKD
+    "5-people": ((5, "2 3"), (7, "3 4")), "7-people": ((7, "3 4"), (9, "4 6")), "13-people": ((13, "9 10"), (14, "10 11")),     # more difficulties, for base, GRPO and RLKD
 }
 EPOCHS = {32: 200, 128: 60, 512: 30, 2048: 10, 8192: 4}    # of SFT on the teacher traces of so many problems: enough to go past the best one by validation, which is kept
 SFT = "python sft.py --model toy/student --data {{data}}/train.jsonl --limit {n} --eval_data {{data}}/val.jsonl --keep best --epochs {epochs} --lr 1e-3 --batch_size 32 --seed {{seed}} --out {{root}}/sft_{n}/seed{{seed}}/model"

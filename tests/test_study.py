@@ -40,6 +40,7 @@ def half(values):
 
 def test_every_command_is_one_that_the_files_take(monkeypatch, tmp_path):
     for regime in study.REGIMES:
+        assert shlex.split(regime) == [regime]                                     # it is a folder in command lines
         fill = dict(data="toy", root="out/study", seed=7, out="out/x", model="toy/student")
         for template in [*{t for templates in study.ARMS.values() for t in templates}, *study.EVALS.values()]:
             python, file, *flags = shlex.split(template.format(**fill))
@@ -69,7 +70,7 @@ def test_the_tables_are_those_of_the_results():
     claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "gap"), ("none", "rlkd", "base", "sampled"))
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
     assert words == [f"**supported**: +0.44 ± {half(gains):.2f} (3 seeds)", f"**not supported**: -0.44 ± {half(gains):.2f} (3 seeds)", "undecided: +0.00 ± 0.00 (3 seeds)", "not run"]
-    levels = evidence.levels_table(evidence.gathered(rows("7 people") + [row("7 people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
+    levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
     assert len(levels) == 3 and levels[2].startswith("| 7, 3-4 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
 
 
