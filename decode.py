@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 Ended = Callable[[int, torch.Tensor], None]                             # (row, its tokens)
@@ -163,11 +163,22 @@ def row_bucket(n: int) -> int:
     return 3 * power // 4 if 4 <= power and n <= 3 * power // 4 else power
 
 
+def attention(text: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, heads of keys and values, dimension of a head)."""
+    heads = text.num_attention_heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of one token's keys and values."""
+    text = config.get_text_config()
+    _, kv_heads, head_dim = attention(text)
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * itemsize
+
+
 def rows_that_fit(model: PreTrainedModel, longest: int, free: int) -> int:
     """How many rows of `longest` tokens a StaticDecoder may have in 0.6 of `free` bytes, since it takes its room at once (the rest: prefill, logits, graphs)."""
-    c = model.config.get_text_config()
-    heads, head_dim = getattr(c, "num_key_value_heads", None) or c.num_attention_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return max(1, int(0.6 * free / (2 * c.num_hidden_layers * heads * head_dim * model.dtype.itemsize * -(-longest // 8) * 8)))
+    return max(1, int(0.6 * free / (cache_bytes(model.config, model.dtype.itemsize) * -(-longest // 8) * 8)))
 
 
 class StaticDecoder:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from grade import mean_interval
-from plots import pictures
+from plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pictures
 
 Runs = dict[tuple[str, str], dict[int, dict]]             # (regime, arm) -> seed -> its line of the results file
 DIGITS = {"length": 0, "paths": 1}
-COLORS = {"base": "#777777", "grpo": "#D55E00", "rlkd": "#0072B2", "rlkd, true structure": "#56B4E9", "structure only": "#009E73", "sft 512": "#CC79A7", "sft 8192": "#E69F00"}       # Okabe and Ito's
+COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": SKY, "structure only": GREEN, "sft 512": PURPLE, "sft 8192": ORANGE}
 CLAIMS = (   # what the paper says or implies, arm, against, figure
     ("RLKD is more accurate than outcome-only GRPO (paper, table of AIME24: pass@1)", "rlkd", "grpo", "sampled"),
     ("... and one greedy answer is too", "rlkd", "grpo", "greedy"),
@@ -174,8 +174,7 @@ def draw_left(runs: Runs, path: Path) -> None:
     arms = {regime: [arm for r, arm in runs if r == regime and (arm in COLORS or arm in ("sft 512 -> grpo", "sft 512 -> rlkd", "distillation", "line similarity"))] for regime in regimes}
     figure, grid = plt.subplots(1, 2, figsize=(11, 0.9 + 0.36 * max(map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):
-        width = max((len(row["left"]) for arm in arms[regime] for row in runs[regime, arm].values()), default=1)
-        width = min(width, 14)
+        width = min(14, max((len(row["left"]) for arm in arms[regime] for row in runs[regime, arm].values()), default=1))
         shares = np.array([np.mean([(row["left"] + [0.0] * width)[:width] + [row["never left"]] for row in runs[regime, arm].values()], axis=0) for arm in arms[regime]]).reshape(-1, width + 1)
         if not len(shares):
             axes.axis("off")

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from data import Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
+from decode import attention, cache_bytes
 from rollout import Sampler
 
 BANDWIDTH, FLOPS = 2.0e12, 400e12        # bytes/s, FLOP/s in bfloat16: A100/H100-class, change them for another card
@@ -108,19 +109,6 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
     heads, kv_heads, head_dim = attention(text)
     return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), sum(lora_rank * (m.in_features + m.out_features) for m in linear), text.num_hidden_layers,
                  text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.vocab_size, heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30))
-
-
-def attention(text: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, heads of keys and values, dimension of a head)."""
-    heads = text.num_attention_heads
-    return heads, getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or text.hidden_size // heads
-
-
-def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values."""
-    text = config.get_text_config()
-    _, kv_heads, head_dim = attention(text)
-    return 2 * text.num_hidden_layers * kv_heads * head_dim * itemsize
 
 
 def cache_tokens(gigabytes: float, per_token: int) -> int:

@@ -220,11 +220,11 @@ def main() -> None:
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
     template, rows = Path(__file__).resolve().parent / "docs/study.md", sorted(rows, key=order)
-    written = evidence.report(rows, args.results.with_suffix(".md"), template)
+    made, written = evidence.blocks(rows), evidence.report(rows, args.results.with_suffix(".md"), template)
     if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
         readme = template.parent.parent / "README.md"
-        readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), evidence.blocks(rows)), encoding="utf-8")
-    print(evidence.blocks(rows)["study-short"] + f"\n\nwrote {', '.join(map(str, written))}")
+        readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), made), encoding="utf-8")
+    print(made["study-short"] + f"\n\nwrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
