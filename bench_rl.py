@@ -8,7 +8,7 @@ reward only against TRL's GRPOTrainer, both on the same model, problems, group, 
 once with rows that stop where they like; and the toy's RLKD step with GSRM, its teachers read before, as a run reads them once.
 
 How: implementations take turns in one process, the first round warms up (and measures memory), medians. One whose run takes longer than --patience seconds is
-not run again: that one run is its figure, and its row says so. On a machine that others use too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
+not run again (on a CPU, where counting memory takes time of its own, once more): that one run is its figure, and its row says so. On a machine that others use too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
 """
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import eval as evaluation
 import peers
 import train
 from command import at_least
 from data import load_model, problem_ids, stop_and_pad_ids, whole_turns
+from grade import grade_all
 from peers import PEER_ERRORS, Job
 from rollout import Sampler
+from scorer import load_gsrm
 
 T = TypeVar("T")
 MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
@@ -138,7 +139,7 @@ def take_turns(runs: dict[str, Callable[[], list[int]]], rounds: int, patience: 
                 seconds = time.perf_counter() - started
                 rates[name].append(sum(lengths) / seconds)
                 memory[name] = max(size, memory.get(name, 0))
-                if seconds > patience and i < rounds:
+                if seconds > patience and i < rounds and (i or torch.cuda.is_available()):             # counting memory on a CPU takes time of its own: that run is no figure
                     notes[name] = f"{i} rounds" if i > 1 else "one run"
     return {name: statistics.median(rate[1:] or rate) for name, rate in rates.items() if rate}, memory, notes
 
@@ -172,7 +173,7 @@ class Steps:
         stops, pad = stop_and_pad_ids(model, tokenizer)
         self.run = train.Run(c, train.load_data(c)[0], model, tokenizer, load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None,
                              torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=c.weight_decay), Sampler(model, set() if full_length else stops, pad),
-                             evaluation.load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None, None)
+                             load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None, None)
 
     def read_teachers(self, steps: int) -> None:
         chosen = [self.run.problems[i] for s in range(steps) for i in train.cursor(len(self.run.problems), self.run.config.problems_per_step, self.run.config.seed, s)]
@@ -206,7 +207,7 @@ def bench_step(args: argparse.Namespace) -> None:
 def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | None, steps: int) -> None:
     """Fills seconds, step by step by turns; without TRL ours run alone."""
     def grade(completions: list[list[int]], problems: list[int]) -> list[float]:
-        rights = evaluation.grade_all(whole_turns(ours.run.tokenizer, completions), [ours.run.problems[i].answer for i in problems])
+        rights = grade_all(whole_turns(ours.run.tokenizer, completions), [ours.run.problems[i].answer for i in problems])
         return [float(right or 0) for right in rights]
 
     def turn(trl: dict[str, float] | None) -> None:

@@ -161,7 +161,7 @@ class Tokenizer(Protocol):
 @cache
 def compiled(chat_template: str) -> Template:
     """Once per template: a millisecond, which would else be paid for every prompt and every trace that GSRM reads."""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(chat_template)
 
 
 class TiktokenTokenizer:
@@ -284,8 +284,7 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
-    text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
-            else ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(PLAIN_TEMPLATE).render(messages=messages))
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template else compiled(PLAIN_TEMPLATE).render(messages=messages)
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 

@@ -36,10 +36,10 @@ from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, lo
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
 from plan import CACHE_GB, sampler_of
-from plots import rollout_picture, small_multiples
-from report import compare, correlation, plot, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
+from plots import plot, rollout_picture, small_multiples
+from report import compare, correlation, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
 from rollout import Sampler
-from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure  # noqa: F401
+from scorer import load_function, load_gsrm, true_structure
 
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 

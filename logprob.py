@@ -38,6 +38,7 @@ from kernels import LIMIT, LN2, LOG2E, triton
 
 WORKSPACE = 1 << 28         # elements of dz that backward holds at once (0.5 GB in bf16)
 CPU_ELEMENTS = 1 << 20      # logits that a twin holds at once: about a CPU's cache
+CHUNK = 8192                # rows of mode B at a time
 COMPACT_BELOW = 0.75        # mode B: share of live rows under which moving them together costs less than multiplying the dead ones
 LossFn = Callable[[Tensor, slice], Tensor]
 
@@ -245,7 +246,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return _Recomputed.apply(hidden, weight, partial(_logprob_dz, temperature), (logp, entropy), (targets, logp, entropy, lse + anchor))
 
 
-def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """The sum over chunks of loss_fn(logp (n,), rows) -> scalar, and the log-probs (N,) detached; rows is the chunk's slice of the N rows.
 
     The gradients are ready when this returns (mode B: three matmuls in all, two with a frozen head), so loss_fn must add up over chunks (divide by
@@ -314,7 +315,7 @@ def linear_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, te
     return _by_rows(rows, len(weight), hidden, targets)
 
 
-def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss_fn: LossFn, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     x, W, losses, logps = hidden.detach().float() / temperature, weight.detach().float(), [], []
     dX, dW = (torch.zeros_like(t) if need else None for t, need in zip((x, W), needs, strict=True))

@@ -16,6 +16,7 @@ Left out on purpose: models other than dense causal LMs, GPUs that differ.
 import math
 import shlex
 import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from data import Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
 from decode import attention, cache_bytes
-from rollout import Sampler
+from logprob import CHUNK, WORKSPACE
+from rollout import MAX_ROWS, MAX_TOKENS, Sampler
 
 BANDWIDTH, FLOPS = 2.0e12, 400e12        # bytes/s, FLOP/s in bfloat16: A100/H100-class, change them for another card
 USABLE = 0.92                            # of a card's memory; the rest is CUDA's own and what the allocator loses
-CACHE_GB, MOST_ROWS, MOST_TOKENS = 20.0, 1024, 1 << 22         # of one wave of sampling (rollout.Sampler's defaults)
+CACHE_GB = 20.0                          # for the keys and values of one wave of sampling
 PROMPT = 1024                            # tokens of a prompt, where they cannot be counted
 STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of the judge's three questions on each
-CHUNK = 8192                             # rows of the head at a time (logprob.linear_policy_loss)
 B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
 READER, SMALL_READER = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"        # the first is assumed where no --gsrm is given
@@ -113,7 +114,7 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
 
 def cache_tokens(gigabytes: float, per_token: int) -> int:
     """rollout.Sampler's max_tokens under a limit in bytes."""
-    return max(1, min(MOST_TOKENS, int(gigabytes * 1e9) // per_token))
+    return max(1, min(MAX_TOKENS, int(gigabytes * 1e9) // per_token))
 
 
 def sampler_of(model: PreTrainedModel, tokenizer: Tokenizer, cache_gb: float = CACHE_GB, dtype: str = "") -> Sampler:
@@ -145,7 +146,7 @@ class Wave:
 def sampling(s: Shape, rows: int, prompts: int, prompt: int, new: int, cache_gb: float, b: int) -> Wave:
     """`prompts` different prompts are computed, then `rows` rows decode `new` tokens each."""
     per_token, longest = 2 * s.layers * s.kv_heads * s.head_dim * b, prompt + new
-    together = max(1, min(rows, MOST_ROWS, cache_tokens(cache_gb, per_token) // longest))
+    together = max(1, min(rows, MAX_ROWS, cache_tokens(cache_gb, per_token) // longest))
     decode = sum(max((b * s.params + n * (prompt + new / 2) * per_token) / BANDWIDTH, 2 * s.params * n / FLOPS) * new
                  for n in [together] * (rows // together) + [rows % together] * (rows % together > 0))
     return Wave(rows, longest, together, together * longest * per_token, together * longest * 2 * s.heads * s.head_dim * b, together * s.V * (b + 16),
@@ -187,7 +188,7 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     always = {name: 0 if config.offload else size for name, size in at_rest.items()}
     always |= {"reference's embedding and head": rest * bool(reference), "teacher's embedding and head": b * teacher.rest * sharded if teacher else 0, "reward model": b * sum(reader.params for reader in readers)}
     head = config.level == "token"                                            # logprob.py's mode B, else mode A
-    wide = min(micro, CHUNK) * s.V * b if head else min(1 << 28, micro * s.V) * b
+    wide = min(micro, CHUNK) * s.V * b if head else min(WORKSPACE, micro * s.V) * b
     head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
     one_layer = kept_by_layer(s, b) + (4 * (6 * s.D + s.I) if lora and not sharded and b < 4 else 0)          # adapters in float32 keep a copy of what goes in
     layers = s.layers * s.D * b + one_layer if config.gradient_checkpointing else s.layers * one_layer
@@ -198,7 +199,7 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
                          "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
     if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
-        kl = min(1 << 28, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: a slice of logits, the head's gradient twice, that of the hidden states
+        kl = min(WORKSPACE, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: a slice of logits, the head's gradient twice, that of the hidden states
         memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded + kl
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
@@ -243,6 +244,20 @@ def settings_of(config: object) -> str:
     return textwrap.fill(" ".join(words), 160, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
+def show_memory(plan: Plan, card: float, ways: Iterable[tuple[str, Plan]]) -> None:
+    """Prints the memory by phase, whether it fits a card of so many gigabytes and, where it does not, which of the ways (what to change, the plan then) take less."""
+    print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {card:g}\n  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
+    for name, peak in plan.peaks.items():
+        print(f"  {name:10} {peak / 1e9:7.1f} = always + {gigabytes(plan.memory[name])}")
+    if plan.cpu:
+        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
+    fits = lambda p: p.peak <= USABLE * card * 1e9
+    print(f"{'fits' if fits(plan) else 'does not fit'} in {card:g} GB: {plan.peak / 1e9:.1f} at most, in {max(plan.peaks, key=plan.peaks.get)}; {USABLE:.0%} of a card are counted on")
+    for text, less in ways if not fits(plan) else ():
+        if less.peak < 0.99 * plan.peak:
+            print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
+
+
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
     fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
@@ -251,7 +266,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
-    r, room, updates = plan.rollouts, config.gpu_memory_gb * 1e9, config.updates_per_batch
+    r, updates = plan.rollouts, config.updates_per_batch
     print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
     print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or config.structure_reward or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
@@ -263,17 +278,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, r.longest)} tokens in each process, {updates} optimiser step(s) a batch, {config.steps * updates} in all")
     if r.longest > s.positions:
         print(f"too long       the model has {s.positions} positions: --max_new_tokens {s.positions - prompt} is the most" if prompt < s.positions else f"too long       the model has {s.positions} positions, the prompt {prompt}")
-    print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}\n  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
-    for name, peak in plan.peaks.items():
-        print(f"  {name:10} {peak / 1e9:7.1f} = always + {gigabytes(plan.memory[name])}")
-    if plan.cpu:
-        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
-    worst, fits = max(plan.peaks, key=plan.peaks.get), plan.peak <= USABLE * room
-    print(f"{'fits' if fits else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most, in {worst}; {USABLE:.0%} of a card are counted on")
-    if not fits:
-        for text, settings, processes in remedies(config, world):
-            if (less := fit(settings, processes)).peak < 0.99 * plan.peak:
-                print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if less.peak <= USABLE * room else 'not enough alone'}")
+    show_memory(plan, config.gpu_memory_gb, ((text, fit(settings, processes)) for text, settings, processes in remedies(config, world)))
     total = sum(plan.seconds.values())
     print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, {config.steps} steps {config.steps * total / 3600:.3g} h")
     print("  " + ", ".join(f"{name} {t:.3g} s ({t / total:.0%})" for name, t in plan.seconds.items()))
@@ -311,17 +316,8 @@ def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
     print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")
     print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process")
-    print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {config.gpu_memory_gb:g}")
-    print(f"  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
-    print(f"  update      {plan.peak / 1e9:6.1f} = always + {gigabytes(plan.memory['update'])}")
-    if plan.cpu:
-        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
-    fits = lambda p: p.peak <= USABLE * config.gpu_memory_gb * 1e9
-    print(f"{'fits' if fits(plan) else 'does not fit'} in {config.gpu_memory_gb:g} GB: {plan.peak / 1e9:.1f} at most; {USABLE:.0%} of a card are counted on")
     others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if world < n <= config.batch_size}
-    for text, (change, processes) in others.items() if not fits(plan) else ():
-        if (less := lesson(replace(config, **change), s, longest, processes)).peak < 0.99 * plan.peak:
-            print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
+    show_memory(plan, config.gpu_memory_gb, ((text, lesson(replace(config, **change), s, longest, processes)) for text, (change, processes) in others.items()))
     passes, total = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}, plan.seconds["update"]
     print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s")
     print("  " + ", ".join(f"{name} {total * share / sum(passes.values()):.3g} s ({share / sum(passes.values()):.0%})" for name, share in passes.items() if share))

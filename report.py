@@ -16,7 +16,7 @@ from command import read_record
 from data import Problem, read_jsonl
 from grade import majority_at_k, mean_interval, paired_bootstrap, pass_at_k
 from gsrm import Score
-from plots import pass_curves, plot  # noqa: F401  (train.py asks here for its curve.png)
+from plots import pass_curves, plot
 from rollout import Rollout
 
 # ------------------------------------------------------------------------------------------------ a training step
@@ -245,6 +245,8 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
     print("\nB - A, paired by problem (bootstrap over problems)")
     for metric, d in differences.items():
         print(f"{metric:<28}{d['diff']:+.3f}  [{d['low']:+.3f}, {d['high']:+.3f}]  p {d['p']:.4f}  {d['problems']} problems")
+    if min(d["problems"] for d in differences.values()) < 20:
+        print("note: with fewer than some 20 problems a bootstrap's interval is too narrow and its p too small")
     curves = any(metric.startswith("pass@") for metric in tables[0])
     if picture and not curves:
         raise ValueError("--plot: pass@k curves need several samples per problem (--k)")
@@ -318,7 +320,8 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
 
 
 def print_end(out: Path) -> None:
-    """The table before -> after of a finished run, one rollout with its steps marked, and the files it wrote."""
+    """The end of a run: its curve.png, the table before -> after, one rollout with its steps marked, and the files that it wrote."""
+    plot([str(out)], out / "curve.png")
     if (out / "eval_after.jsonl").exists():
         columns = {}
         for when in ("before", "after"):

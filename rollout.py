@@ -23,6 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from decode import StaticDecoder, Wave, decode, difference, rows_that_fit
 
+MAX_ROWS, MAX_TOKENS = 1024, 1 << 22                    # of one wave, unless a sampler is told otherwise
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -46,7 +48,7 @@ class Rollout:
 class Sampler:
     """Samples from any causal LM of transformers with a standard attention cache; ValueError for one with sliding windows or another kind of state."""
 
-    def __init__(self, model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_rows: int = 1024, max_tokens: int = 1 << 22, static: bool | None = None):
+    def __init__(self, model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_rows: int = MAX_ROWS, max_tokens: int = MAX_TOKENS, static: bool | None = None):
         """max_rows and max_tokens (rows * (longest prompt + max_new_tokens), what the cache may grow to) bound a wave; more rows run in several waves, with the same result.
         static: everything in fixed places, with CUDA graphs (default: on CUDA; sdpa or eager attention only), or the plain loop; same completions."""
         self.model, self.pad_id, self.max_rows, self.max_tokens = model, pad_id, max_rows, max_tokens

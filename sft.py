@@ -153,7 +153,7 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     most = min(config.max_length or positions, positions)
     examples = [Example(where, source, token_pair(tokenizer, prompt, target)) for where, source, prompt, target in load_texts(config, tokenizer, path, split)]
     if not examples:
-        raise ValueError(f"{path}: no problem has a teacher trace, so there is nothing to imitate")
+        raise ValueError(f"{path}: no good pair is left, or no problem has a teacher trace, so there is nothing to imitate")
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
     if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
         if not config.skip_long or len(long) == len(examples):

@@ -141,11 +141,12 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     for command, path in zip(commands, made):
         with _made[path]:
-            if not (path / "model.safetensors").exists():
+            log = (path.parent if path.name == "model" else path) / "log.txt"
+            if not (path / "model.safetensors").exists() or f"$ {command}\n" not in log.read_text():          # no model, or one of older settings
                 shutil.rmtree(path, ignore_errors=True)
-                place = path.parent if path.name == "model" else path
-                place.mkdir(parents=True, exist_ok=True)
-                run(command, threads, place / "log.txt")
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text("")
+                run(command, threads, log)
     for name, command in zip(EVALS, evals):
         for end in (".jsonl", ".settings.json"):
             (out / f"{name}{end}").unlink(missing_ok=True)
@@ -212,9 +213,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=at_least(1), default=max(1, (os.cpu_count() or 1)), help="arms that run side by side, each with its share of the cores")
     parser.add_argument("--results", type=Path, default=Path("docs/study.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="where the runs go")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)                                                # which flags beside it still change
     args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
     if args.command == "run":
         go_on(args)
     if not args.results.exists() or not (rows := read_results(args.results)):

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-import eval as evaluation
 import lora
 import parallel
 import plan
@@ -36,11 +35,13 @@ import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, flag, folder, out_of_range
 from data import Problem, Tokenizer, append_jsonl, check_room, data_file, file_hash, load_model, load_problems, problem_ids, save_model, template_hash, whole_turns
+from eval import before_after
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head
-from update import load_teacher, reference_logp, update
+from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure
+from update import load_teacher, merged, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
@@ -208,10 +209,10 @@ def set_up(config: Config, out: Path) -> Run:
         for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
             parallel.shard(net, config.dtype, config.offload)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    gsrm = evaluation.OwnReward(config.structure_reward) if config.structure_reward else evaluation.load_gsrm(
+    gsrm = OwnReward(config.structure_reward) if config.structure_reward else load_gsrm(
         config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb,
         config.stop_at_divergence) if config.gsrm else None
-    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, evaluation.load_function(config.truth) if config.truth else None, held_out, teacher)
+    return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, load_function(config.truth) if config.truth else None, held_out, teacher)
 
 
 def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> tuple[dict[str, float], list[dict], list[list[int]]]:
@@ -226,7 +227,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
     rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
-    true = evaluation.true_structure(run.truth, problems, texts)
+    true = true_structure(run.truth, problems, texts)
     adv, scored = advantages(rewards, config)
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
     leave()
@@ -236,8 +237,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     clock.append(time.time())
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
-    for _ in range(config.updates_per_batch):
-        metrics = update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher)
+    metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher) for _ in range(config.updates_per_batch)])
     clock.append(time.time())
     table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
     metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": run.optimizer.param_groups[0]["lr"], "step_time": clock[-1] - clock[0]}
@@ -254,7 +254,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
 def measure(run: Run, path: Path) -> str:
     """Evaluates the student on the held-out problems, on the first process; the others wait. -> the means in words."""
     with parallel.gathered(run.model) as model:
-        return evaluation.before_after(model, run.tokenizer, run.held_out, run.gsrm, run.truth, path, run.config) if rank() == 0 else ""
+        return before_after(model, run.tokenizer, run.held_out, run.gsrm, run.truth, path, run.config) if rank() == 0 else ""
 
 
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
@@ -305,7 +305,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return plan.show(config, evaluation.checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
+        return plan.show(config, checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
     start, passed = start_folder(out, asdict(config), config.resume)
     for why in passed:
@@ -332,7 +332,6 @@ def main(config: Config) -> None:
     whole = parallel.whole_state(run.model)
     if rank() == 0:
         (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
-        report.plot([str(out)], out / "curve.png")
     if run.held_out:
         measure(run, out / "eval_after.jsonl")
     if rank() == 0:

@@ -129,6 +129,12 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     return apply_gradient(model, optimizer, total, sums, config.max_grad_norm)
 
 
+def merged(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of all updates on the same rollouts as one row: means, but the largest of a /max and of "nonfinite"."""
+    mean = lambda values: sum(values) / len(values)
+    return {name: (max if name.endswith("/max") or name == "nonfinite" else mean)([m[name] for m in updates]) for name in updates[0]}
+
+
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
     """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite."""
     names = ["tokens", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",

@@ -13,6 +13,7 @@ import pytest
 
 import eval as evaluation
 import plan
+import plots
 import report
 import toy
 from data import load_model, load_problems, problem_ids, read_jsonl, stop_and_pad_ids
@@ -268,5 +269,5 @@ def test_plot_draws_the_curves_of_several_runs(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps({"step": i, "rewards/outcome/mean": i / 30, "rewards/structure/mean": 0.5}) + "\n" for i in range(30)))
-    report.plot([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "c.png")
+    plots.plot([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "c.png").stat().st_size > 10_000

@@ -130,7 +130,7 @@ def test_compare_pairs_by_problem(tmp_path, capsys):
     assert got["mean@4"]["diff"] == pytest.approx(gain.mean()) and got["mean@4"]["low"] == pytest.approx(gain.mean() - half, abs=0.15 * half) and got["mean@4"]["p"] < 0.01
     assert got["greedy"]["diff"] == pytest.approx(np.mean([n < "p2" for n in p])) and got["greedy"]["problems"] == 40 and "structure" not in got
     text = capsys.readouterr().out
-    assert "left out: 1 problems that only" in text and "new" in text and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert "left out: 1 problems that only" in text and "new" in text and "too narrow" not in text and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compare_notes_other_sampling_and_takes_structure_along(tmp_path, capsys):
@@ -139,7 +139,8 @@ def test_compare_notes_other_sampling_and_takes_structure_along(tmp_path, capsys
         report.settings_path(tmp_path / path).write_text(json.dumps({"config": {"temperature": temperature, "top_p": 1.0}}))
     got = report.compare(*paths)
     assert got["structure"]["diff"] == pytest.approx((0.3 + 0.5) / 2) and got["structure"]["problems"] == 2
-    assert "note: --temperature was 0.6" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "note: --temperature was 0.6" in text and "fewer than some 20 problems" in text
 
 
 def test_structure_scored_for_too_few_problems_does_not_cost_the_rest(tmp_path, capsys):

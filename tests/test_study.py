@@ -152,6 +152,42 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.16M-parameter", ""))
 
 
+def test_an_sft_model_serves_other_arms_until_its_command_changes(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, threads, log):
+        ran.append(command)
+        out = Path(command.split("--out ")[1].split()[0])
+        out = out / "model.safetensors" if out.name == "model" else out / "log.jsonl" if out.suffix == "" else out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+        with log.open("a") as file:
+            file.write(f"$ {command}\n")
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "figures", lambda *rows: {"sampled": 0.5})
+    monkeypatch.setattr(study, "training", lambda out: {})
+    trained = lambda: [command.split()[1] for command in ran if "eval.py" not in command]
+    row = study.one("sparse", "sft 512", 0, tmp_path, 1)
+    assert trained() == ["sft.py"] and row["commands"] == ran and row["sampled"] == 0.5
+    study.one("sparse", "sft 512 -> grpo", 0, tmp_path, 1)
+    assert trained() == ["sft.py", "train.py"]                                        # from the model that is there
+    monkeypatch.setitem(study.ARMS, "sft 512", [study.ARMS["sft 512"][0].replace("--epochs 30", "--epochs 3")])
+    study.one("sparse", "sft 512", 0, tmp_path, 1)
+    assert trained() == ["sft.py", "train.py", "sft.py"] and "--epochs 3 " in ran[-4]
+    study.one("sparse", "sft 512 -> rlkd", 0, tmp_path, 1)                            # which wants the one of 30 epochs
+    assert trained()[3:] == ["sft.py", "train.py"]
+
+
+def test_flags_beside_quick_count(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(study, "go_on", seen.append)
+    for more in ([], ["--seeds", "7", "--arms", "grpo"]):
+        monkeypatch.setattr("sys.argv", ["study.py", "--quick", "--results", str(tmp_path / "none.jsonl"), *more])
+        with pytest.raises(SystemExit):
+            study.main()                                                              # there are no results to draw
+    assert [(a.arms, a.regimes, a.seeds) for a in seen] == [(study.QUICK["arms"], ["sparse"], [0, 1, 2]), (["grpo"], ["sparse"], [7])]
+
+
 def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
     """One run's failure ends the study; what ran beside it is written down, what had not begun does not begin."""
     begun = []

@@ -167,7 +167,7 @@ def test_an_outage_of_the_reward_model_is_no_reward_of_zero(data, tmp_path, monk
     class Down:
         stats: dict = {}
         def __call__(self, problems, traces, teachers): return [Score(None, reason="endpoint down") for _ in traces]
-    monkeypatch.setattr(train.evaluation, "load_gsrm", lambda *a: Down())
+    monkeypatch.setattr(train, "load_gsrm", lambda *a: Down())
     train.main(config(data, tmp_path, "--steps", "1"))
     row, = lines(tmp_path)
     assert row["unscored"] == 16 and row["skipped_step"] == 1 and row["loss"] == 0 and "entropy" not in row["warnings"]

@@ -67,6 +67,19 @@ def test_a_step_that_is_not_finite_moves_nothing_and_leaves_its_batch(data, tmp_
     assert len(fault["rollouts"]) == len(fault["tokens"]) == 16 and [len(t) for t in fault["tokens"]] == [r["length"] for r in fault["rollouts"]]
 
 
+def test_two_updates_on_the_same_rollouts_are_one_row_of_the_log(data, tmp_path, spoil, monkeypatch):  # noqa: F811
+    spoil |= {3}                                           # the first update of the second step: the second one is fine and must not hide it
+    seen, counted = [], train.update
+    monkeypatch.setattr(train, "update", lambda *args: seen.append(counted(*args)) or seen[-1])
+    train.main(config(data, tmp_path, "--steps", "2", "--updates_per_batch", "2", "--clip_high", "0.001", "--clip_low", "0.001"))
+    first, second = lines(tmp_path)
+    for name in ("loss", "grad_norm", "clip_ratio/region_mean", "sampling/importance_sampling_ratio/mean"):
+        assert first[name] == (seen[0][name] + seen[1][name]) / 2
+    assert seen[0]["clip_ratio/region_mean"] == 0 < first["clip_ratio/region_mean"]
+    assert first["sampling/sampling_logp_difference/max"] == max(m["sampling/sampling_logp_difference/max"] for m in seen[:2]) > 0
+    assert (first["nonfinite"], second["nonfinite"], second["skipped_step"]) == (0, 1, 0.5) and (tmp_path / "faults/step_000002.json").exists()
+
+
 def test_faults_in_a_row_roll_back_once_then_end_the_run(data, tmp_path, spoil, capsys):  # noqa: F811
     spoil |= {3, 4, 6, 7}
     with pytest.raises(FloatingPointError, match="2 steps in a row.*again after going back.*--lr"):
