@@ -8,7 +8,8 @@ reward only against TRL's GRPOTrainer, both on the same model, problems, group, 
 once with rows that stop where they like; and the toy's RLKD step with GSRM, its teachers read before, as a run reads them once.
 
 How: implementations take turns in one process, the first round warms up (and measures memory), medians. One whose run takes longer than --patience seconds is
-not run again (on a CPU, where counting memory takes time of its own, once more): that one run is its figure, and its row says so. On a machine that others use too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
+not run again (on a CPU, where counting memory takes time of its own, once more): that one run is its figure, and its row says so. On a machine that others use
+too, --cpu_time with one thread. Left out: nano-vllm (one stop token, and it needs a tokenizer), peers' options beyond these rows.
 """
 from __future__ import annotations
 
@@ -35,14 +36,16 @@ from rollout import Sampler
 from scorer import load_gsrm
 
 T = TypeVar("T")
-MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192), "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}   # hidden, layers, heads, kv heads, MLP, V
+MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192),                    # hidden, layers, heads, kv heads, MLP, V
+          "1.5b": (1536, 28, 12, 2, 8960, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}
 
 
 def start_clock(args: argparse.Namespace) -> str:
     """-> the machine, in words. --cpu_time: all clocks, train.py's too, show CPU seconds of this process."""
     if args.cpu_time:
         time.perf_counter = time.time = time.process_time
-    return ", ".join((torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return ", ".join((machine, f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -111,8 +114,8 @@ def make_job(name: str, rows: int, lengths: str, max_new: int) -> Job:
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     hidden, layers, heads, kv_heads, inner, V = MODELS[name]
-    config = Qwen3Config(vocab_size=V, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=inner,
-                         max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = Qwen3Config(vocab_size=V, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
+                         intermediate_size=inner, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     with torch.device("cuda" if gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32).eval()
     stops = set(range(1, 1 + round(3 * V / max_new))) if lengths == "spread" else set()
@@ -153,14 +156,15 @@ def bench_rollout(args: argparse.Namespace) -> None:
             job = make_job(name, rows, lengths, max_new)
             drawn = peers.sample_ours(job)
             bound = sum(drawn) / limit_seconds(job, drawn)
-            runs = {"ours": peers.sample_ours, "ours, plain loop" if gpu else "ours, static": partial(peers.sample_ours, static=not gpu), "HF generate": peers.sample_hf,
-                    "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"), "HF continuous batching": peers.sample_hf_continuous, "vLLM": peers.VLLM()}
+            runs = {"ours": peers.sample_ours, "ours, plain loop" if gpu else "ours, static": partial(peers.sample_ours, static=not gpu),
+                    "HF generate": peers.sample_hf, "HF generate, static cache": partial(peers.sample_hf, cache_implementation="static"),
+                    "HF continuous batching": peers.sample_hf_continuous, "vLLM": peers.VLLM()}
             rate, memory, notes = take_turns({n: partial(run, job) for n, run in runs.items()}, args.rounds, args.patience or (120 if gpu else 10))
             print(f"\n{name}: {rows} rows of up to {max_new} tokens, lengths {lengths} (mean {sum(drawn) / rows:.0f}); limit {bound:.0f} tokens/s\n"
                   "| | tokens/s | of ours | of the limit | peak MB | |\n|---|---|---|---|---|---|")
             for n in runs:
-                print(f"| {n} | " + (f"{rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f} | " + (f"{memory[n] / 1e6:.0f}" if memory[n] else "-") if n in rate else "- | - | - | -")
-                      + f" | {notes.get(n, '')} |", flush=True)
+                speeds = f"{rate[n]:.0f} | {rate[n] / rate['ours']:.2f} | {rate[n] / bound:.2f}" if n in rate else "- | - | -"
+                print(f"| {n} | {speeds} | " + (f"{memory[n] / 1e6:.0f}" if memory.get(n) else "-") + f" | {notes.get(n, '')} |", flush=True)
 
 # ------------------------------------------------------------------------------------------------ whole steps
 
@@ -171,8 +175,9 @@ class Steps:
         c = train.parse_config(flags)
         self.step, (model, tokenizer) = 0, load_model(c.model, c.device)
         stops, pad = stop_and_pad_ids(model, tokenizer)
-        self.run = train.Run(c, train.load_data(c)[0], model, tokenizer, load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None,
-                             torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=c.weight_decay), Sampler(model, set() if full_length else stops, pad),
+        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=c.weight_decay)
+        self.run = train.Run(c, train.load_data(c)[0], model, tokenizer, load_model(c.model, c.device)[0].requires_grad_(False) if c.beta else None, optimizer,
+                             Sampler(model, set() if full_length else stops, pad),
                              load_gsrm(c.gsrm, c.judge, None, c.device, c.gsrm_max_new_tokens, c.normalize) if c.w_structure else None, None)
 
     def read_teachers(self, steps: int) -> None:
@@ -197,10 +202,12 @@ def bench_step(args: argparse.Namespace) -> None:
         ours = Steps([*device, *outcome, "--max_new_tokens", str(tokens)], full_length)
         seconds: dict[str, list[dict[str, float]]] = {"ours, outcome only": [], "TRL, outcome only": []} | ({} if full_length else {"ours, RLKD with GSRM": []})
         race(ours, seconds, None if full_length else rlkd, args.rounds + 1)
-        N, middle = ours.run.config.problems_per_step * ours.run.config.group_size, {n: {k: statistics.median(p[k] for p in parts[1:]) for k in parts[0]} for n, parts in seconds.items() if parts}
+        N = ours.run.config.problems_per_step * ours.run.config.group_size
+        middle = {n: {k: statistics.median(p[k] for p in parts[1:]) for k in parts[0]} for n, parts in seconds.items() if parts}
         print(f"\n{N} rows, {title}\n| | seconds a step | of ours | sampling | scoring | update | tokens a row |\n|---|---|---|---|---|---|---|")
         for name, m in middle.items():
-            print(f"| {name} | {m['step']:.2f} | {m['step'] / middle['ours, outcome only']['step']:.2f} | {m['sampling']:.2f} | {m['scoring']:.2f} | {m['update']:.2f} | {m['tokens'] / N:.0f} |", flush=True)
+            cells = m["step"], m["step"] / middle["ours, outcome only"]["step"], m["sampling"], m["scoring"], m["update"]
+            print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in cells) + f" | {m['tokens'] / N:.0f} |", flush=True)
     print(f"GSRM's share of the RLKD step: {m['scoring'] / m['step']:.2f}")
 
 
@@ -215,7 +222,8 @@ def race(ours: Steps, seconds: dict[str, list[dict[str, float]]], rlkd: Steps | 
             seconds[name] += [part] if part else []
 
     model, c = load_model(ours.run.config.model, ours.run.config.device)[0], ours.run.config
-    prompts, ends = [problem_ids(ours.run.tokenizer, p, c.instruction) for p in ours.run.problems], (ours.run.tokenizer.eos_token_id, stop_and_pad_ids(model, ours.run.tokenizer)[1])
+    prompts = [problem_ids(ours.run.tokenizer, p, c.instruction) for p in ours.run.problems]
+    ends = ours.run.tokenizer.eos_token_id, stop_and_pad_ids(model, ours.run.tokenizer)[1]
     try:
         peers.trl_steps(model, prompts, c, ends, not len(ours.run.sampler.stop_ids), grade, steps, turn)
     except ImportError as error:

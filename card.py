@@ -255,7 +255,8 @@ def student_samples(args: argparse.Namespace, problems: list[Problem]) -> list[t
 def main(argv: list[str]) -> None:
     """The command `python gsrm.py eval`."""
     if argv[:1] != ["eval"]:
-        sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
+        sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or "
+                 "python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
     parser = Parser(prog="python gsrm.py eval", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", nargs="?", help="problems with teacher traces (JSONL, or a folder with test.jsonl), or GSM8K's socratic file")
     parser.add_argument("--data", dest="data_flag", help="the same as a flag")

@@ -79,7 +79,8 @@ class Checkpoints:
         try:
             written.result()
         except CheckpointException as error:
-            raise OSError(f"{aside.name[1:]} could not be written ({'; '.join(dict.fromkeys(str(e[0] if isinstance(e, tuple) else e) for e in error.failures.values()))})") from None
+            reasons = dict.fromkeys(str(e[0] if isinstance(e, tuple) else e) for e in error.failures.values())
+            raise OSError(f"{aside.name[1:]} could not be written ({'; '.join(reasons)})") from None
         if rank() == 0:
             (aside / "manifest.json").write_text(json.dumps(manifest(aside), indent=1))
             final = aside.with_name(aside.name[1:])
@@ -143,7 +144,8 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     shapes = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}
     if wrong := {n: s for n, p in model.named_parameters() if p.requires_grad and (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
         name = next(iter(wrong))
-        raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {tuple(dict(model.named_parameters()).get(name, torch.empty(0)).shape)} here")
+        here = tuple(dict(model.named_parameters()).get(name, torch.empty(0)).shape)
+        raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {here} here")
     if optimizer:
         optimizer.state.clear()
         for name, p in model.named_parameters():

@@ -231,8 +231,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
-    """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers
-    would go on with random ones) or not finite, for a device that is not there, or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
+    """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers would go
+    on with random ones) or not finite, for a device that is not there, or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
     if str(device) not in DEVICES:
         raise ValueError(f"--device {device}: not on this machine, choose one of: {', '.join(DEVICES)}")
     check_folder(path, "config.json")
@@ -331,7 +331,7 @@ def join_completion(trace: str, answer: str) -> str:
 
 def show(argv: list[str]) -> None:
     """Prints a file's first problem and its prompt, token by token, under a model's tokenizer."""
-    parser = Parser(prog="python data.py", allow_abbrev=False, description="`python data.py convert -h` converts public data sets; otherwise prints a first problem and its prompt's tokens.")
+    parser = Parser(prog="python data.py", allow_abbrev=False, description="Prints a file's first problem and its prompt's tokens; `python data.py convert -h` converts data sets.")
     parser.add_argument("data", help="problems: JSONL, or a folder with train.jsonl")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name, for its tokenizer")
     parser.add_argument("--skip_bad", action="store_true", help="list bad lines instead of stopping at one")
@@ -339,7 +339,8 @@ def show(argv: list[str]) -> None:
     with ending():
         problems, tok = load_problems(args.data, skip_bad=args.skip_bad), load_tokenizer(args.model)
     first, ids = problems[0], problem_ids(tok, problems[0])
-    print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{first}\n\n{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
+    print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{first}\n")
+    print(f"{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
 
 
 if __name__ == "__main__":

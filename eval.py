@@ -75,11 +75,13 @@ def scored_rows(tokenizer: Tokenizer, problems: list[Problem], index: list[int],
     of_row, texts = [p for p in problems for _ in range(k)], whole_turns(tokenizer, [ids for ids, _ in drawn])
     right, true = grade_all(texts, [p.answer for p in of_row]), true_structure(truth, of_row, texts)
     taught = [n for n, p in enumerate(of_row) if p.teachers] if gsrm else []
-    scores = dict(zip(taught, gsrm([of_row[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught], [list(of_row[n].teachers) for n in taught]))) if taught else {}
+    asked = zip(*((of_row[n].problem, split_completion(texts[n])[0], list(of_row[n].teachers)) for n in taught))
+    scores = dict(zip(taught, gsrm(*map(list, asked)))) if taught else {}
     return [{"id": p.id, "index": index[n // k], "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "gold": p.answer,
              "length": len(drawn[n][0]), "stop": "stop" if drawn[n][1] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
              "left_at": scores[n].left_at if n in scores else None, "choices": scores[n].choices if n in scores else None, "text": texts[n], "problem": p.problem,
-             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None, "tokens": drawn[n][0]} for n, p in enumerate(of_row)]
+             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None, "tokens": drawn[n][0]}
+            for n, p in enumerate(of_row)]
 
 
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0,
@@ -91,7 +93,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Proble
 
 def before_after(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], gsrm: GSRM | None, truth: Callable | None, path: Path, config) -> str:
     """train.py's evaluation: one greedy and eval_k sampled completions of each problem, kept in `path`; the sampled ones' means in words."""
-    rows = [row for t in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, t, 1.0, config.max_new_tokens, 0, config.instruction, gsrm, truth, config.cache_gb)]
+    rows = [row for temperature in (0.0, config.temperature) for row in evaluate(model, tokenizer, problems, config.eval_k, temperature, 1.0, config.max_new_tokens, 0,
+                                                                                 config.instruction, gsrm, truth, config.cache_gb)]
     write_jsonl(path, rows)
     means = summary([row for row in rows if row["temperature"]])
     return ", ".join(f"{name} {means[name][0]:.2f}" for name in means if name.startswith("mean@") or name in ("structure", "true_structure", "length"))
@@ -123,11 +126,13 @@ class Config:
 
 def check(config: Config) -> None:
     """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
-    fine = {"k": config.k >= 1, "temperature": config.temperature >= 0, "top_p": 0 < config.top_p <= 1, "max_new_tokens": config.max_new_tokens >= 1, "limit": config.limit >= 0,
-            "gsrm_max_new_tokens": config.gsrm_max_new_tokens >= 1, "seed": config.seed >= 0, "engine": config.engine in ("own", "vllm"), "dtype": config.dtype in ("auto", "float32", "bfloat16", "float16")}
-    if wrong := next((name for name, ok in fine.items() if not ok), None):
-        raise ValueError(f"--{wrong} {getattr(config, wrong)}: " + {"k": "at least one sample per problem", "temperature": "0 (greedy) or above", "top_p": "above 0, at most 1",
-                         "max_new_tokens": "at least 1", "gsrm_max_new_tokens": "at least 1", "limit": "0 (all) or above", "seed": "0 or above"}.get(wrong, Config.__dataclass_fields__[wrong].metadata["help"]))
+    for name, fine, wanted in (("k", config.k >= 1, "at least one sample per problem"), ("temperature", config.temperature >= 0, "0 (greedy) or above"),
+                               ("top_p", 0 < config.top_p <= 1, "above 0, at most 1"), ("max_new_tokens", config.max_new_tokens >= 1, "at least 1"),
+                               ("limit", config.limit >= 0, "0 (all) or above"), ("gsrm_max_new_tokens", config.gsrm_max_new_tokens >= 1, "at least 1"),
+                               ("seed", config.seed >= 0, "0 or above"), ("engine", config.engine in ("own", "vllm"), "own, or vllm (pip install vllm)"),
+                               ("dtype", config.dtype in ("auto", "float32", "bfloat16", "float16"), "float32, bfloat16, float16, or auto: what the checkpoint was saved in")):
+        if not fine:
+            raise ValueError(f"--{name} {getattr(config, name)}: {wanted}")
     if config.judge and not config.gsrm:
         raise ValueError(f"--judge {config.judge}: it judges the steps that a reward model reads; give --gsrm too, or leave it out")
     if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
@@ -141,10 +146,11 @@ def settings(config: Config, budget: int, revision: str | None, tokenizer: Token
     for file in sorted(Path(config.model).glob("*.safetensors")):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
-    return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision, "weights_sha256": weights.hexdigest(),
-            "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems), "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template),
-            "prompts_sha256": digest(prompts), "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "math-verify")
-                                                                                                    + (("vllm",) if config.engine == "vllm" else ())}}
+    packages = ("torch", "transformers", "math-verify") + (("vllm",) if config.engine == "vllm" else ())
+    return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision,
+            "weights_sha256": weights.hexdigest(), "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems),
+            "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template), "prompts_sha256": digest(prompts),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -208,7 +214,8 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
         if out:
             append_jsonl(out, new)
         if size < len(todo):
-            print(f"{len(there) + start + len(some)} of {len(problems)} problems, right so far: {np.mean([r['correct'] for r in rows if r['correct'] is not None] or [np.nan]):.3f}", flush=True)
+            right = np.mean([r["correct"] for r in rows if r["correct"] is not None] or [np.nan])
+            print(f"{len(there) + start + len(some)} of {len(problems)} problems, right so far: {right:.3f}", flush=True)
     return rows, gsrm, truth
 
 

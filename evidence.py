@@ -101,7 +101,8 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
         _, _, low, high = mean_interval(sample)
         word = "**supported**" if low > 0 else "**not supported**" if high < 0 else "undecided"
         return f"{word}: {cell(sample, DIGITS.get(name, 2), '+')} ({len(sample)} seeds)"
-    return table(["claim", "figure", *regimes], [[text, f"{name}, {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)] for text, arm, against, name in claims])
+    return table(["claim", "figure", *regimes], [[text, f"{name}, {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
+                                                 for text, arm, against, name in claims])
 
 
 def levels_table(runs: Runs, levels: dict[str, str]) -> str:
@@ -149,13 +150,15 @@ def draw_curves(runs: Runs, path: Path) -> None:
 
 def draw_data(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str) -> None:
-        for label, color, arms in (("SFT", COLORS["sft 512"], {n: f"sft {n}" for n in (32, 128, 512, 2048, 8192)}), ("RLKD", COLORS["rlkd"], {n: f"rlkd, {n} problems" for n in (8, 32, 128)} | {512: "rlkd"})):
+        sft, rlkd = {n: f"sft {n}" for n in (32, 128, 512, 2048, 8192)}, {n: f"rlkd, {n} problems" for n in (8, 32, 128)} | {512: "rlkd"}
+        for label, color, arms in (("SFT", COLORS["sft 512"], sft), ("RLKD", COLORS["rlkd"], rlkd)):
             there = [n for n, arm in arms.items() if (regime, arm) in runs]
             if there:
                 band(axes, there, [values(runs, regime, arms[n], "sampled") for n in there], color, label)
         for arm in ("base", "grpo"):
             if (regime, arm) in runs:
-                axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle=":" if arm == "base" else "--", label=arm + (", 512 problems" if arm == "grpo" else ""))
+                line, label = (":", "base") if arm == "base" else ("--", "grpo, 512 problems")
+                axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle=line, label=label)
     side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", "accuracy, sampled", xlim=(6, 11000), xscale="log", ylim=(0, 1))
 
 
@@ -171,15 +174,16 @@ def draw_pass(runs: Runs, path: Path) -> None:
 def draw_left(runs: Runs, path: Path) -> None:
     """Where students leave every teacher branch: an arm a line, a step a column."""
     plt, regimes = pictures(), ("sparse", "dense")
-    arms = {regime: [arm for r, arm in runs if r == regime and (arm in COLORS or arm in ("sft 512 -> grpo", "sft 512 -> rlkd", "distillation", "line similarity"))] for regime in regimes}
+    shown = {*COLORS, "sft 512 -> grpo", "sft 512 -> rlkd", "distillation", "line similarity"}
+    arms = {regime: [arm for r, arm in runs if r == regime and arm in shown] for regime in regimes}
     figure, grid = plt.subplots(1, 2, figsize=(11, 0.9 + 0.36 * max(map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):
         width = min(14, max((len(row["left"]) for arm in arms[regime] for row in runs[regime, arm].values()), default=1))
-        shares = np.array([np.mean([(row["left"] + [0.0] * width)[:width] + [row["never left"]] for row in runs[regime, arm].values()], axis=0) for arm in arms[regime]]).reshape(-1, width + 1)
-        if not len(shares):
+        share = lambda row, width=width: (row["left"] + [0.0] * width)[:width] + [row["never left"]]
+        if not arms[regime]:
             axes.axis("off")
             continue
-        image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow([np.mean([share(row) for row in runs[regime, arm].values()], axis=0) for arm in arms[regime]], cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(width + 1), [*map(str, range(1, width + 1)), "never"], fontsize=8)
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
         axes.set(title=regime, xlabel="step at which the student leaves every teacher branch")
@@ -209,8 +213,9 @@ PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left":
 
 # ------------------------------------------------------------------------------------------------ the page
 
-METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice", "answer": "answer on the branch", "paths": "right walks",
-           "length": "length", "larger": "larger: sampled", "larger structure": "structure", "other": "reworded: sampled", "other structure": "structure"}
+METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice",
+           "answer": "answer on the branch", "paths": "right walks", "length": "length", "larger": "larger: sampled",
+           "larger structure": "structure", "other": "reworded: sampled", "other structure": "structure"}
 LEVELS = {"5-people": "5, 2-3", "7-people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13-people": "13, 9-10"}
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
@@ -218,20 +223,20 @@ REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : ou
 
 def blocks(rows: list[dict]) -> dict[str, str]:
     """What the report puts into the page's marked places, by their names."""
-    runs, made = gathered(rows), {}
+    runs, made, named = gathered(rows), {}, lambda *names: {name: METRICS[name] for name in names}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for regime in ("sparse", "dense"):
         mine = [arm for arm in arms if arm not in REWARDS]
         made[f"study-{regime}"] = arms_table(runs, regime, mine, METRICS)
-        made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", {name: METRICS[name] for name in ("sampled", "greedy", "found@64", "structure", "choice", "larger", "other")})
+        made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", named("sampled", "greedy", "found@64", "structure", "choice", "larger", "other"))
         made[f"study-{regime}-rewards"] = against_table(runs, regime, [arm for arm in REWARDS if arm in arms], "rlkd, true structure",
-                                                        {name: METRICS[name] for name in ("sampled", "greedy", "found@64", "structure", "length")})
+                                                        named("sampled", "greedy", "found@64", "structure", "length"))
         made[f"study-{regime}-reader"] = table(["arm", "seeds", "GSRM's reward - true one", "r of the two"],
                                                [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
                                                 for arm in mine if len(values(runs, regime, arm, "gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
     made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation, on a machine that did other things too."
-    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], {name: METRICS[name] for name in ("greedy", "sampled", "found@64", "structure", "larger", "other")})
+    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@64", "structure", "larger", "other"))
     return made
 
 

@@ -118,7 +118,7 @@ def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False)
         raise ValueError(f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be sharded")
     policy = {"mesh": init_device_mesh(model.device.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
               "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()}
-    bare = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})       # for `gathered`: no weights
+    bare = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})     # no weights, for `gathered`
     for layer in layers:
         fully_shard(layer, **policy)
     fully_shard(model, **policy, reshard_after_forward=False)

@@ -163,7 +163,8 @@ def sample_ours(job: Job, static: bool | None = None) -> list[int]:
 
 
 def settings(job: Job, **more: object) -> GenerationConfig:
-    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=job.max_new_tokens, eos_token_id=sorted(job.stop_ids) or None, pad_token_id=job.pad_id, **more)
+    ends = {"eos_token_id": sorted(job.stop_ids) or None, "pad_token_id": job.pad_id}
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=job.max_new_tokens, **ends, **more)
 
 
 def up_to_stop(rows: list[list[int]], stop_ids: set[int]) -> list[int]:
@@ -196,7 +197,8 @@ class VLLM:
             self.folder = tempfile.TemporaryDirectory()
             job.model.save_pretrained(self.folder.name)
             self.engine = LLM(self.folder.name, skip_tokenizer_init=True, gpu_memory_utilization=0.5, max_model_len=8192, seed=0)
-        params = SamplingParams(n=job.group, temperature=1.0, max_tokens=job.max_new_tokens, stop_token_ids=sorted(job.stop_ids), detokenize=False, logprobs=0)    # 0: of the sampled token
+        params = SamplingParams(n=job.group, temperature=1.0, max_tokens=job.max_new_tokens, stop_token_ids=sorted(job.stop_ids), detokenize=False,
+                                logprobs=0)                                                                 # 0: of the sampled token
         answers = self.engine.generate([{"prompt_token_ids": p} for p in job.prompts], params, use_tqdm=False)
         return [len(out.token_ids) for answer in answers for out in answer.outputs]
 
@@ -237,10 +239,11 @@ def trl_steps(model: PreTrainedModel, prompts: list[list[int]], config: Config, 
 
     rows = config.problems_per_step * config.group_size
     with tempfile.TemporaryDirectory() as folder:
-        settings = trl.GRPOConfig(output_dir=folder, use_cpu=config.device == "cpu", bf16=False, num_generations=config.group_size, per_device_train_batch_size=rows, gradient_checkpointing=False,
-                                  max_completion_length=config.max_new_tokens, generation_kwargs={"min_new_tokens": config.max_new_tokens} if full_length else None, temperature=config.temperature, beta=config.beta,
-                                  epsilon=config.clip_low, epsilon_high=config.clip_high, max_grad_norm=config.max_grad_norm, learning_rate=config.lr, lr_scheduler_type="constant",
-                                  adam_beta2=config.adam_beta2, optim="adamw_torch", max_steps=steps, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        settings = trl.GRPOConfig(output_dir=folder, use_cpu=config.device == "cpu", bf16=False, num_generations=config.group_size, per_device_train_batch_size=rows,
+                                  gradient_checkpointing=False, max_completion_length=config.max_new_tokens, temperature=config.temperature, beta=config.beta,
+                                  generation_kwargs={"min_new_tokens": config.max_new_tokens} if full_length else None, epsilon=config.clip_low, epsilon_high=config.clip_high,
+                                  max_grad_norm=config.max_grad_norm, learning_rate=config.lr, lr_scheduler_type="constant", adam_beta2=config.adam_beta2, optim="adamw_torch",
+                                  max_steps=steps, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         Timed(model=model, args=settings, reward_funcs=lambda completion_ids, number, **_: grade(completion_ids, number), callbacks=[Turns()],
               train_dataset=Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in p) for p in prompts], "number": list(range(len(prompts)))}),
               processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"t{ends[0]}", pad_token=f"t{ends[1]}")).train()

@@ -105,11 +105,13 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
     count = lambda module: sum(p.numel() for p in module.parameters())
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())] or [model]
     names = None if lora_targets == "all-linear" else tuple(name.strip() for name in lora_targets.split(","))
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings() and (names is None or name.split(".")[-1] in names)]
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+              and (names is None or name.split(".")[-1] in names)]
     text = config.get_text_config()
     heads, kv_heads, head_dim = attention(text)
-    return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), sum(lora_rank * (m.in_features + m.out_features) for m in linear), text.num_hidden_layers,
-                 text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.vocab_size, heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30))
+    adapters, I = sum(lora_rank * (m.in_features + m.out_features) for m in linear), getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), adapters, text.num_hidden_layers, text.hidden_size, I, text.vocab_size,
+                 heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30))
 
 
 def cache_tokens(gigabytes: float, per_token: int) -> int:
@@ -186,20 +188,23 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     reference = b * s.params / world if config.beta and not lora else 0
     at_rest = {"masters": weights, "AdamW's moments": moments, "reference": reference, "teacher": b * teacher.params / world if teacher else 0}
     always = {name: 0 if config.offload else size for name, size in at_rest.items()}
-    always |= {"reference's embedding and head": rest * bool(reference), "teacher's embedding and head": b * teacher.rest * sharded if teacher else 0, "reward model": b * sum(reader.params for reader in readers)}
+    always |= {"reference's embedding and head": rest * bool(reference), "teacher's embedding and head": b * teacher.rest * sharded if teacher else 0,
+               "reward model": b * sum(reader.params for reader in readers)}
     head = config.level == "token"                                            # logprob.py's mode B, else mode A
     wide = min(micro, CHUNK) * s.V * b if head else min(WORKSPACE, micro * s.V) * b
     head_gradient = 0 if lora else s.V * s.D * (b + 4 * (head and micro > CHUNK))
     one_layer = kept_by_layer(s, b) + (4 * (6 * s.D + s.I) if lora and not sharded and b < 4 else 0)          # adapters in float32 keep a copy of what goes in
     layers = s.layers * s.D * b + one_layer if config.gradient_checkpointing else s.layers * one_layer
+    at_work = micro * b * (4 * s.D + 3 * s.I)                                  # what a layer holds while it computes
     unit = 0 if lora else (b + 4) * max(s.rest, s.layer) * sharded           # a unit's gradient before and while it is shared out
     memory = {"always": always,
               "sampling": {"working copy": b * s.params * sharded, "cache": rollouts.cache, "a layer's cache for all heads": rollouts.repeated, "logits": rollouts.logits},
-              "scoring": {}, "reference": {"gathered layers": two + (rest if lora else 0), "activations": micro * b * (4 * s.D + 3 * s.I), "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
+              "scoring": {},
+              "reference": {"gathered layers": two + (rest if lora else 0), "activations": at_work, "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
-                         "a layer's backward": micro * b * (4 * s.D + 3 * s.I), "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
+                         "a layer's backward": at_work, "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
     if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
-        kl = min(WORKSPACE, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: a slice of logits, the head's gradient twice, that of the hidden states
+        kl = min(WORKSPACE, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: logits, the head's gradient twice, hidden's
         memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded + kl
     tokens = rows * longest
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
@@ -217,12 +222,14 @@ def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
     """(what to change, the settings then, the processes then): first what moves no figure of the run, one by one and together, then what does, then more processes."""
     free = {"--gradient_checkpointing True": {"gradient_checkpointing": True}, f"--cache_gb {config.cache_gb / 2:g}": {"cache_gb": config.cache_gb / 2},
             f"--max_tokens {config.max_tokens // 2}": {"max_tokens": config.max_tokens // 2}, "--offload True": {"offload": True}}
-    other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0}, "--gsrm http://...": {"gsrm": "http://"}}
+    other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0},
+             "--gsrm http://...": {"gsrm": "http://"}}
     new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
     together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
-    return ([(text, replace(config, **change), world) for text, change in new.items() if text in free] + [(" ".join(text for text in new if text in free), replace(config, **together), world)] * (sum(text in free for text in new) > 1)
-            + [(text, replace(config, **change), world) for text, change in new.items() if text in other]
-            + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step])
+    way = lambda text: (text, replace(config, **new[text]), world)
+    without_cost = [text for text in new if text in free]
+    return ([way(text) for text in without_cost] + [(" ".join(without_cost), replace(config, **together), world)] * (len(without_cost) > 1)
+            + [way(text) for text in new if text in other] + [(f"torchrun --nproc_per_node {n}", config, n) for n in (2, 4, 8, 16) if world < n <= config.problems_per_step])
 
 # ------------------------------------------------------------------------------------------------ the report
 
@@ -252,7 +259,8 @@ def show_memory(plan: Plan, card: float, ways: Iterable[tuple[str, Plan]]) -> No
     if plan.cpu:
         print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
     fits = lambda p: p.peak <= USABLE * card * 1e9
-    print(f"{'fits' if fits(plan) else 'does not fit'} in {card:g} GB: {plan.peak / 1e9:.1f} at most, in {max(plan.peaks, key=plan.peaks.get)}; {USABLE:.0%} of a card are counted on")
+    worst = max(plan.peaks, key=plan.peaks.get)
+    print(f"{'fits' if fits(plan) else 'does not fit'} in {card:g} GB: {plan.peak / 1e9:.1f} at most, in {worst}; {USABLE:.0%} of a card are counted on")
     for text, less in ways if not fits(plan) else ():
         if less.peak < 0.99 * plan.peak:
             print(f"  {text:42} {less.peak / 1e9:6.1f} GB, {'fits' if fits(less) else 'not enough alone'}")
@@ -260,27 +268,32 @@ def show_memory(plan: Plan, card: float, ways: Iterable[tuple[str, Plan]]) -> No
 
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
-    fit = lambda settings, processes: estimate(settings, shape(student, settings.lora_rank, settings.lora_targets), [] if settings.gsrm.startswith("http") else shapes, processes, prompt, teacher)
+    fit = lambda c, processes: estimate(c, shape(student, c.lora_rank, c.lora_targets), [] if c.gsrm.startswith("http") else shapes, processes, prompt, teacher)
     student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm and not config.structure_reward)
     teacher = shape(read_config(config.teacher)) if config.teacher else None
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
     prompt, source = longest_prompt(config)
     s, plan = shape(student, config.lora_rank, config.lora_targets), fit(config, world)
-    r, updates = plan.rollouts, config.updates_per_batch
+    r, updates, rows = plan.rollouts, config.updates_per_batch, config.problems_per_step * config.group_size
     print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
-    print(f"reward model   {f'{READER} assumed, give --gsrm' if assumed else ', '.join(readers) or config.gsrm or config.structure_reward or 'none'}" + (f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" if shapes else ""))
+    reader = f"{READER} assumed, give --gsrm" if assumed else ", ".join(readers) or config.gsrm or config.structure_reward or "none"
+    print(f"reward model   {reader}" + f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" * bool(shapes))
     if teacher:
         print(f"teacher        {config.teacher}: {teacher.params / 1e6:,.2f}M parameters")
-    print(f"batch          {config.problems_per_step} problems x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {r.rows} in each of {world} process(es); at most "
-          f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {config.problems_per_step * config.group_size * r.longest:,} a step")
-    print(f"sampling       {r.together} rows at a time, {math.ceil(r.rows / r.together)} wave(s)" + (f"; the reward model {plan.reader.together} at a time, {math.ceil(plan.reader.rows / plan.reader.together)} wave(s)" if plan.reader else ""))
-    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, r.longest)} tokens in each process, {updates} optimiser step(s) a batch, {config.steps * updates} in all")
+    print(f"batch          {config.problems_per_step} problems x {config.group_size} = {rows} rollouts a step, {r.rows} in each of {world} process(es); at most "
+          f"{prompt} (prompt: {source}) + {config.max_new_tokens} = {r.longest} tokens each, {rows * r.longest:,} a step")
+    waves = lambda wave: f"{wave.together} rows at a time, {math.ceil(wave.rows / wave.together)} wave(s)"
+    print(f"sampling       {waves(r)}" + (f"; the reward model {waves(plan.reader)}" if plan.reader else ""))
+    print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, r.longest)} tokens in each process, {updates} optimiser step(s) a batch, "
+          f"{config.steps * updates} in all")
     if r.longest > s.positions:
-        print(f"too long       the model has {s.positions} positions: --max_new_tokens {s.positions - prompt} is the most" if prompt < s.positions else f"too long       the model has {s.positions} positions, the prompt {prompt}")
+        what = f": --max_new_tokens {s.positions - prompt} is the most" if prompt < s.positions else f", the prompt {prompt}"
+        print(f"too long       the model has {s.positions} positions{what}")
     show_memory(plan, config.gpu_memory_gb, ((text, fit(settings, processes)) for text, settings, processes in remedies(config, world)))
     total = sum(plan.seconds.values())
-    print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, {config.steps} steps {config.steps * total / 3600:.3g} h")
+    print(f"\ntime of a step of full length, from below, at {BANDWIDTH / 1e12:g} TB/s and {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s, "
+          f"{config.steps} steps {config.steps * total / 3600:.3g} h")
     print("  " + ", ".join(f"{name} {t:.3g} s ({t / total:.0%})" for name, t in plan.seconds.items()))
 
 
@@ -301,7 +314,8 @@ class Lessons(Protocol):
 def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
     """The plan of an optimiser step of sft.py, all pairs of the `longest` length: an update of train.py's without reference and reward model, its loss by linear_logprob."""
     step = SimpleNamespace(problems_per_step=config.batch_size, group_size=1, max_new_tokens=longest, cache_gb=CACHE_GB, max_tokens=config.max_tokens, dtype=config.dtype,
-                           offload=config.offload, gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1, w_structure=0.0)
+                           offload=config.offload, gradient_checkpointing=config.gradient_checkpointing, lora_rank=0, beta=0.0, level="sequence", updates_per_batch=1,
+                           w_structure=0.0)
     plan = estimate(step, s, [], world, 0)
     return replace(plan, memory={name: plan.memory[name] for name in ("always", "update")}, seconds={"update": plan.seconds["update"]})
 
@@ -316,7 +330,8 @@ def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
     print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")
     print(f"update         up to {plan.micro_batches} micro-batches of {max(config.max_tokens, longest)} tokens in each process")
-    others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")} | {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if world < n <= config.batch_size}
+    others = {f"--{name} True": ({name: True}, world) for name in ("gradient_checkpointing", "offload")}
+    others |= {f"torchrun --nproc_per_node {n}": ({}, n) for n in (2, 4, 8) if world < n <= config.batch_size}
     show_memory(plan, config.gpu_memory_gb, ((text, lesson(replace(config, **change), s, longest, processes)) for text, (change, processes) in others.items()))
     passes, total = {"forward": 2, "recomputation": 2 * config.gradient_checkpointing, "backward": 4}, plan.seconds["update"]
     print(f"\ntime of a step of full length, from below, at {FLOPS / 1e12:g} TFLOP/s: {total:.3g} s")

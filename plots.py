@@ -112,7 +112,7 @@ def pass_curves(tables: dict[str, dict[str, tuple]], path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ texts and trees
 
-ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"        # Okabe and Ito: told apart by colour-blind readers too
+ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"        # Okabe and Ito's, for colour-blind readers too
 
 
 def tint(color: str, share: float = 0.4) -> tuple[float, ...]:
@@ -147,14 +147,15 @@ def painted(paragraphs: list[list[tuple[str, object]]], width: int = 118, size: 
 def rollout_picture(row: dict, path: Path) -> None:
     """One stored completion with the ground behind each step coloured by what it earned: behind the trace's own lines where there are as many as steps, else behind the steps
     that GSRM read. ValueError where its steps were not scored."""
-    if not row["steps"] or (row.get("rewards") or row).get("structure") is None:
+    if not row["steps"] or (reward := (row.get("rewards") or row).get("structure")) is None:
         raise ValueError(f"problem {row['id']}, sample {row['sample']}: no scored steps to draw; choose another sample, or evaluate with --gsrm")
     trace, _, final = row["text"].partition("</think>")
     lines = [line for line in trace.replace("<think>", "").strip().splitlines() if line.strip()]
     said = lines if len(lines) == len(row["steps"]) else [f"{meta}: {query}? {answer}" for meta, query, answer, _ in row["steps"]]
     color = lambda earned: tint(GREEN if earned == 1 else YELLOW if earned else RED, 0.45)
-    steps = [[(line, color(earned)), ("   left the teacher's branch here", None) if i == row["left_at"] else ("", None)] for i, (line, (*_, earned)) in enumerate(zip(said, row["steps"]))]
-    legend = [("follows the teacher", color(1)), ("  ", None), ("half right", color(0.5)), ("  ", None), ("off the branch", color(0)), (f"   structure reward {(row.get('rewards') or row)['structure']:.2f}", None)]
+    note = {row["left_at"]: "   left the teacher's branch here"}
+    steps = [[(line, color(earned)), (note.get(i, ""), None)] for i, (line, (*_, earned)) in enumerate(zip(said, row["steps"]))]
+    legend = [("follows the teacher", color(1)), ("  ", None), ("half right", color(0.5)), ("  ", None), ("off the branch", color(0)), (f"   structure reward {reward:.2f}", None)]
     painted([[(row.get("problem", ""), None)], [("", None)], *steps, [(final.strip(), None)], [("", None)], legend]).savefig(path, dpi=130)
 
 

@@ -24,10 +24,14 @@ from rollout import Rollout
 def rollout_rows(step: int, problems: list[Problem], texts: list[str], rollout: Rollout, rewards: dict[str, list[float | None]], scores: list[Score | None],
                  adv: list[float], truth: list[float | None], group_size: int) -> list[dict]:
     """What rollouts.jsonl keeps of each completion."""
-    return [{"step": step, "id": p.id, "sample": n % group_size, "problem": p.problem, "gold": p.answer, "text": texts[n], "length": int(rollout.lengths[n]), "stop": "stop" if rollout.finished[n] else "length",
-             "rewards": {name: values[n] for name, values in rewards.items()}, "advantage": adv[n], "true_structure": truth[n],
-             "steps": [[s.meta, s.query, s.answer, earned] for s, earned in zip(scores[n].structure, scores[n].steps or [0.0] * len(scores[n].structure))] if scores[n] else None,
-             "choices": scores[n].choices if scores[n] else None, "left_at": scores[n].left_at if scores[n] else None, "trace": scores[n].trace if scores[n] else None} for n, p in enumerate(problems)]
+    def read(score: Score | None) -> dict:
+        if score is None:
+            return dict.fromkeys(("steps", "choices", "left_at", "trace"))
+        earned = score.steps or [0.0] * len(score.structure)
+        return {"steps": [[s.meta, s.query, s.answer, e] for s, e in zip(score.structure, earned)], "choices": score.choices, "left_at": score.left_at, "trace": score.trace}
+    return [{"step": step, "id": p.id, "sample": n % group_size, "problem": p.problem, "gold": p.answer, "text": texts[n], "length": int(rollout.lengths[n]),
+             "stop": "stop" if rollout.finished[n] else "length", "rewards": {name: values[n] for name, values in rewards.items()}, "advantage": adv[n],
+             "true_structure": truth[n], **read(scores[n])} for n, p in enumerate(problems)]
 
 
 def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: int) -> dict[str, float]:
@@ -49,7 +53,8 @@ def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: 
 
 def screen_line(m: dict[str, float], steps: int, beta: float) -> str:
     """A training step on one line."""
-    parts = [f"step {m['step']:4d}/{steps}", f"reward {m['reward']:.3f}"] + [f"{name} {m[f'rewards/{name}/mean']:.3f}" for name in ("structure", "outcome", "format") if f"rewards/{name}/mean" in m]
+    parts = [f"step {m['step']:4d}/{steps}", f"reward {m['reward']:.3f}"]
+    parts += [f"{name} {m[f'rewards/{name}/mean']:.3f}" for name in ("structure", "outcome", "format") if f"rewards/{name}/mean" in m]
     parts += [f"length {m['completions/mean_length']:.0f}", f"cut off {m['completions/clipped_ratio']:.0%}", f"kl {m['kl']:.4f}" if beta else "", f"entropy {m['entropy']:.2f}"]
     parts += [f"grad {m['grad_norm']:.2f}", f"{m['step_time']:.2f} s (sample {m['time/sampling']:.2f} score {m['time/scoring']:.2f} update {m['time/update']:.2f})"]
     if m["unscored"]:
@@ -150,7 +155,8 @@ def print_structure(rows: list[dict]) -> None:
         return print("structure: no sample could be scored (are there teacher traces in the data?)")
     figures, steps = structure_report(rows)
     never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
-    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + (f", {len(rows) - len(scored)} unscored or without" if len(rows) > len(scored) else ""))
+    rest = f", {len(rows) - len(scored)} unscored or without" * (len(rows) > len(scored))
+    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces{rest}")
     for name, (mean, low, high, error) in figures.items():
         print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
@@ -205,7 +211,8 @@ def pair(paths: tuple[str, str], sides: list[list[dict]]) -> list[list[dict]]:
     for name in shared:
         for what in ("problem", "gold"):
             if None not in (a := groups[0][name][0].get(what), b := groups[1][name][0].get(what)) and a != b:
-                raise ValueError(f"problem {name}: the {'gold answer' if what == 'gold' else 'text'} is not the same in {paths[0]} and {paths[1]} ({str(a)[:40]!r}, {str(b)[:40]!r}): different data")
+                raise ValueError(f"problem {name}: the {'gold answer' if what == 'gold' else 'text'} is not the same in {paths[0]} and {paths[1]} "
+                                 f"({str(a)[:40]!r}, {str(b)[:40]!r}): different data")
     for path, group in zip(paths, groups):
         if alone := [name for name in group if name not in shared]:
             print(f"left out: {len(alone)} problems that only {path} holds: {', '.join(alone[:8])}{', ...' if len(alone) > 8 else ''}")
@@ -312,7 +319,8 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
         raise ValueError(f"{file}: no step {step}; it holds " + (f"steps {min(seen)} to {max(seen)}" if seen - {None} else "no training steps" if seen else "nothing"))
     chosen = [row for row in kept if problem in (None, row["id"]) and sample in (None, row["sample"])]
     if not chosen:
-        raise ValueError(f"{file}: no such completion; problems there: {', '.join(dict.fromkeys(row['id'] for row in kept))[:400]}, samples 0 to {max(row['sample'] for row in kept)}")
+        there = ", ".join(dict.fromkeys(row["id"] for row in kept))[:400]
+        raise ValueError(f"{file}: no such completion; problems there: {there}, samples 0 to {max(row['sample'] for row in kept)}")
     if problem is None and sample is None:
         chosen.sort(key=lambda row: -(row.get("advantage") or row.get("structure") or float(row.get("correct") or 0)))
         chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
@@ -328,7 +336,8 @@ def print_end(out: Path) -> None:
             rows = [row for _, row in read_jsonl(out / f"eval_{when}.jsonl")] if (out / f"eval_{when}.jsonl").exists() else []
             sampled, greedy = [r for r in rows if r["temperature"]], [r for r in rows if not r["temperature"]]
             if rows:
-                columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | {("accuracy sampled" if m.startswith("mean@") else m): v for m, v in summary(sampled).items() if m != "pass@1" and not m.startswith("maj@")}
+                figures = {"accuracy sampled" if m.startswith("mean@") else m: v for m, v in summary(sampled).items() if m != "pass@1" and not m.startswith("maj@")}
+                columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | figures
                 columns[when] |= {"r(structure, true_structure)": Interval(*(correlation(sampled),) * 3)} if "true_structure" in columns[when] else {}
         print("\nheld-out problems, mean and 95 % interval (problems as clusters)")
         print_table(columns)

@@ -134,8 +134,8 @@ def check_head(model: PreTrainedModel) -> None:
     adapters on the head, a bias, a softcap, a logit scale."""
     head, ids = model.get_output_embeddings(), torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) weight; "
-                         "merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
+        raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) "
+                         "weight; merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
     want, got = model(input_ids=ids, use_cache=False).logits.float(), (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
     if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
@@ -170,7 +170,7 @@ class TextModel:
         room = [min(self.max_new_tokens, self.sampler.max_positions - len(i)) for i in ids]
         order = sorted((n for n in range(len(ids)) if room[n] > 0), key=lambda n: len(ids[n]))              # like lengths share a wave: little padding
         texts: list[str | None] = [None] * len(ids)
-        for rows in ([n for n in order if room[n] == self.max_new_tokens], *([n] for n in order if room[n] < self.max_new_tokens)):        # a long prompt shortens its own answer only
+        for rows in ([n for n in order if room[n] == self.max_new_tokens], *([n] for n in order if room[n] < self.max_new_tokens)):        # a long prompt's own answer is short
             rollout = self.sampler.generate([ids[n] for n in rows], 1, room[rows[0]], 0.0) if rows else None
             for i, n in enumerate(rows):
                 texts[n] = self.decode(rollout.completion(i)[: rollout.lengths[i] - rollout.finished[i].int()])

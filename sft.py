@@ -157,7 +157,8 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
     if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
         if not config.skip_long or len(long) == len(examples):
-            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's positions); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
+            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's positions); {len(long)} of {len(examples)} pairs are too long: "
+                             "--skip_long leaves them out")
         tell(f"pairs of {path} are longer than {most} tokens and are left out", long)
     return [e for e in examples if length(e) <= most]
 
@@ -319,7 +320,8 @@ def main(config: Config) -> None:
             if best or config.keep == "last" and step == steps:
                 save(model, tokenizer, out, config.dtype)
     if rank() == 0:
-        (out / "sft.json").write_text(json.dumps({"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}, indent=1))
+        record = {"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}
+        (out / "sft.json").write_text(json.dumps(record, indent=1))
     say(f"last loss {loss:.4f}, checkpoint in {config.out}")
 
 

@@ -40,10 +40,12 @@ REGIMES = {   # name -> (people, how many the answer takes), of training and of 
     "5-people": ((5, "2 3"), (7, "3 4")), "7-people": ((7, "3 4"), (9, "4 6")), "13-people": ((13, "9 10"), (14, "10 11")),     # more difficulties, for base, GRPO and RLKD
 }
 EPOCHS = {32: 200, 128: 60, 512: 30, 2048: 10, 8192: 4}    # of SFT on the teacher traces of so many problems: enough to go past the best one by validation, which is kept
-SFT = "python sft.py --model toy/student --data {{data}}/train.jsonl --limit {n} --eval_data {{data}}/val.jsonl --keep best --epochs {epochs} --lr 1e-3 --batch_size 32 --seed {{seed}} --out {{root}}/sft_{n}/seed{{seed}}/model"
+SFT = ("python sft.py --model toy/student --data {{data}}/train.jsonl --limit {n} --eval_data {{data}}/val.jsonl --keep best --epochs {epochs} --lr 1e-3 --batch_size 32 "
+       "--seed {{seed}} --out {{root}}/sft_{n}/seed{{seed}}/model")
 TRAIN = f"python train.py --data {{data}}/train.jsonl --limit 512 --eval_problems 0 --save_every 0 --max_new_tokens {ROOM} --seed {{seed}} --out {{out}}"
 EVAL = "python eval.py --model {model} --top_p 1 --max_new_tokens 300 --gsrm toy:read --seed {seed} "
-EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/greedy.jsonl", "test": EVAL + "--data {data}/test.jsonl --temperature 1 --k 64 --out {out}/test.jsonl",
+EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/greedy.jsonl",
+         "test": EVAL + "--data {data}/test.jsonl --temperature 1 --k 64 --out {out}/test.jsonl",
          "transfer": EVAL + "--data {data}/transfer.jsonl --temperature 1 --k 16 --out {out}/transfer.jsonl"}
 SFTS = {n: SFT.format(n=n, epochs=epochs) for n, epochs in EPOCHS.items()}
 FROM_SFT, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
@@ -58,12 +60,13 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     **{f"rlkd, {n} problems": [TRAIN.replace("--limit 512", f"--limit {n}")] for n in (8, 32, 128)},
     **{f"structure : outcome {name}": [TRUE + f" --w_outcome {w}"] for name, w in (("1/4", 4), ("1/2", 2), ("1", 1), ("2", 0.5))},           # 4 is the preset's, w_outcome 0.25
     "no stop rule": [TRUE + " --stop_at_divergence False"], "plain sum": [TRUE + " --combine sum"], "plain sum of raw": [TRUE + " --combine sum --normalize False"],
-    "no std": [TRUE + " --scale none"], "Dr.GRPO": [TRUE + " --scale none --aggregation fixed --clip_high 0.2"], "GRPO's mean over rows": [TRUE + " --aggregation sequence --clip_high 0.2"],
+    "no std": [TRUE + " --scale none"], "Dr.GRPO": [TRUE + " --scale none --aggregation fixed --clip_high 0.2"],
+    "GRPO's mean over rows": [TRUE + " --aggregation sequence --clip_high 0.2"],
     "two updates, clip 0.2": [TRUE + " --updates_per_batch 2 --clip_high 0.2"], "two updates, DAPO's clip": [TRUE + " --updates_per_batch 2"],
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["base", "sft 512", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
-NEEDED = ("greedy", "sampled", "pass@64", "found@64", "structure", "choice", "answer", "paths", "length", "larger", "other", "left", "never left", "seconds", "commands")     # of a line of the results
+NEEDED = "greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,other,left,never left,seconds,commands".split(",")       # of a line of the results
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 
 
@@ -77,7 +80,8 @@ def data_commands(regime: str, path: Path) -> list[str]:
     problems = lambda name, of, count, seed, more="": MADE.format(people=of[0], needed=of[1]) + f"--count {count} --seed {seed} {more}--out {path}/{name}.jsonl"
     test, wider, other = (64, SETS["test"]), (64, SETS["larger"]), (64, SETS["other"], "--wording other ")
     return [problems("train", level, 8192, 11), problems("val", level, 128, 14), problems("test", level, *test), problems("transfer", larger, *wider),
-            problems("transfer", level, *other[:2], other[2] + "--append "), problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
+            problems("transfer", level, *other[:2], other[2] + "--append "),
+            problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
 
 
 def run(command: str, threads: int, log: Path) -> None:
@@ -103,15 +107,18 @@ def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> di
     """The study's measures of one student: `sampled` on the test set, `transfer` on the two others, `greedy` on all three."""
     of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
     means, (branch, steps), k = summary(sampled), structure_report(sampled), sum(r["id"] == sampled[0]["id"] for r in sampled)
-    walks = [[tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if found(r)] for group in by_problem(sampled).values()]          # the right ones of each problem
+    walks = [[tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if found(r)] for group in by_problem(sampled).values()]          # right ones of each problem
     guessless = {f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())}
-    out = {"greedy": summary(of(greedy, "test"))["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")}, "structure": means["structure"][0],
-           "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0], "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
+    out = {"greedy": summary(of(greedy, "test"))["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")},
+           "structure": means["structure"][0], "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0],
+           "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
     for name in ("larger", "other"):
         rows = of(transfer, name)
         some = summary(rows)
-        out |= {name: next(v[0] for m, v in some.items() if m.startswith("mean@")), f"{name} greedy": summary(of(greedy, name))["mean@1"][0], f"{name} structure": some["structure"][0]}
-    return out | guessless | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": sum(r["left_at"] is None and bool(r["steps"]) for r in sampled) / len(sampled)}
+        mean = next(v[0] for m, v in some.items() if m.startswith("mean@"))
+        out |= {name: mean, f"{name} greedy": summary(of(greedy, name))["mean@1"][0], f"{name} structure": some["structure"][0]}
+    never = sum(r["left_at"] is None and bool(r["steps"]) for r in sampled)
+    return out | guessless | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": never / len(sampled)}
 
 
 def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
@@ -119,7 +126,8 @@ def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
     if not (out / "log.jsonl").exists():
         return {}
     log = [row for _, row in read_jsonl(out / "log.jsonl")]
-    names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length", "entropy": "entropy"}
+    names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length",
+             "entropy": "entropy"}
     mean = lambda rows, key: round(float(np.mean([row[key] for row in rows])), 4)
     curves: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
     if "rewards/structure/mean" in log[0]:
@@ -156,8 +164,9 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
         large.unlink(missing_ok=True)                     # 40 MB a run
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    numbers = {name: (round(value, 5) if math.isfinite(value) else None) if isinstance(value, float) else [round(v, 4) for v in value] if isinstance(value, list) else value for name, value in measured.items()}
-    return {"regime": regime, "arm": arm, "seed": seed, **numbers, "seconds": round(time.time() - started), "commands": commands + evals}
+    short = lambda value: [round(v, 4) for v in value] if isinstance(value, list) else value if not isinstance(value, float) else round(value, 5) if math.isfinite(value) else None
+    measured = {name: short(value) for name, value in measured.items()}
+    return {"regime": regime, "arm": arm, "seed": seed, **measured, "seconds": round(time.time() - started), "commands": commands + evals}
 
 
 def read_results(path: Path) -> list[dict]:

@@ -197,8 +197,9 @@ def tokenizer(thinks: bool) -> TiktokenTokenizer:
     tags = [piece for piece in re.findall(PATTERN, format_steps([Step("a", "b", "c")] * 24)) if piece.strip().startswith("[")]
     marks = re.findall(PATTERN, decompose_prompt("", "") + "<think></think>") + ["\n\\boxed{", "\\boxed{", "[No steps]", ".\n"]
     pieces = {m for m in marks if len(m) > 1 and not m.strip().isalpha()} | set(tags) | words | {" " + w for w in words}
-    return TiktokenTokenizer(dict(name="nanorlkd-toy", pattern=PATTERN, words=sorted(p for p in pieces | names if len(p) > 1), special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                  eos="<|im_end|>", pad="<|endoftext|>", instruction="", chat_template=TEMPLATE.replace("assistant\n", "assistant\n<think>\n") if thinks else TEMPLATE))
+    return TiktokenTokenizer(dict(name="nanorlkd-toy", pattern=PATTERN, words=sorted(p for p in pieces | names if len(p) > 1),
+                                  special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>", pad="<|endoftext|>", instruction="",
+                                  chat_template=TEMPLATE.replace("assistant\n", "assistant\n<think>\n") if thinks else TEMPLATE))
 
 
 def sized(rng: random.Random, progress: float) -> World:
@@ -284,7 +285,8 @@ def judging_text(rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
     """(prompt, target) for the judge: two fields of one kind, which mean the same if they hold the same words ("Ann plus Bob", "Bob plus Ann")."""
     kind, hops, (x, y, z) = rng.choice((*KINDS, "answer")), rng.choices(("look", "add"), k=2), rng.sample(NAMES, 3)
     if kind == "answer":
-        a, b = rng.choice((f"{x} plus {y}", f"{x} plus {y}", f"{x} plus {y}", str(rng.randrange(MOD)))), rng.choice((f"{y} plus {x}", f"{x} plus {z}", f"{z} plus {y}", f"{z} plus {x}"))
+        a = rng.choice((f"{x} plus {y}", f"{x} plus {y}", f"{x} plus {y}", str(rng.randrange(MOD))))
+        b = rng.choice((f"{y} plus {x}", f"{x} plus {z}", f"{z} plus {y}", f"{z} plus {x}"))
         a, b = rng.choice(((a, b), (b, a), (f"{x} plus {y}", f"{y} plus {x}")))
     else:
         wordings, names = META if kind == "meta" else QUERY, rng.choice(((x, x), (x, z)))

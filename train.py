@@ -116,9 +116,9 @@ class Config:
     gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
 
 
-RANGES = dict.fromkeys(("limit", "max_teachers", "eval_problems", "save_every", "warmup_steps", "weight_decay", "clip_high", "beta", "teacher_kl", "lora_rank"), (0, math.inf)) | dict.fromkeys(
-    ("steps", "max_new_tokens", "gsrm_max_new_tokens", "updates_per_batch", "keep", "max_faults", "max_tokens", "eval_k", "reward_timeout", "lora_alpha"), (1, math.inf)) | dict.fromkeys(
-    ("lr", "temperature", "max_grad_norm", "cache_gb", "gpu_memory_gb"), (1e-12, math.inf)) | {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)}      # low <= number < high
+RANGES = {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)} | {name: (low, math.inf) for low, names in {                    # low <= number < high
+    0: "limit max_teachers eval_problems save_every warmup_steps weight_decay clip_high beta teacher_kl lora_rank", 1e-12: "lr temperature max_grad_norm cache_gb gpu_memory_gb",
+    1: "steps max_new_tokens gsrm_max_new_tokens updates_per_batch keep max_faults max_tokens eval_k reward_timeout lora_alpha"}.items() for name in names.split()}
 CHOICES = {"combine": ("gdpo", "sum"), "scale": ("std", "none"), "aggregation": ("token", "sequence", "fixed"), "level": ("token", "sequence"), "kl_kind": ("k1", "k2", "k3"),
            "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "trackio", "tensorboard"), "resume": ("", "auto")}
 PRESETS: dict[str, dict] = {
@@ -129,9 +129,9 @@ PRESETS: dict[str, dict] = {
     "qwen1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", out="out/qwen1.5b", steps=200, problems_per_step=64, max_new_tokens=3072, dtype="bfloat16", gradient_checkpointing=True),
 }
 # The paper's released code: one epoch of 3.2K problems. Its fourth reward, the tag count (weight 10 beside 15:15:10), is not there. Needs --data and --gsrm, and several cards.
-PRESETS["paper"] = dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", out="out/paper", steps=400, warmup_steps=40, problems_per_step=8, group_size=4, w_outcome=15.0, w_structure=15.0,
-                        w_format=10.0, combine="sum", normalize=False, aggregation="sequence", lr=5e-5, max_grad_norm=0.2, beta=0.04, kl_kind="k3", clip_low=0.2, clip_high=0.2,
-                        temperature=0.7, max_new_tokens=4096, dtype="bfloat16", gradient_checkpointing=True)
+PRESETS["paper"] = dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", out="out/paper", steps=400, warmup_steps=40, problems_per_step=8, group_size=4, w_outcome=15.0,
+                        w_structure=15.0, w_format=10.0, combine="sum", normalize=False, aggregation="sequence", lr=5e-5, max_grad_norm=0.2, beta=0.04, kl_kind="k3",
+                        clip_low=0.2, clip_high=0.2, temperature=0.7, max_new_tokens=4096, dtype="bfloat16", gradient_checkpointing=True)
 PRESETS["paper-zero"] = PRESETS["paper"] | dict(model="Qwen/Qwen2.5-Math-7B", out="out/paper-zero", max_new_tokens=3072)        # "RLKD-Zero"; of 4096 positions
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -153,10 +153,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
             parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
     checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
-    checks |= {"group_size": config.group_size >= 2, "top_p": config.top_p == 1, "problems_per_step": config.problems_per_step >= world(), "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
+    checks |= {"group_size": config.group_size >= 2, "top_p": config.top_p == 1, "problems_per_step": config.problems_per_step >= world(),
+               "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
                "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher and config.teacher_kl))}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
-             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or give a --teacher)"}
+             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or a --teacher)"}
     wrong, wanted = out_of_range(asdict(config), RANGES)
     if wrong:
         checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
@@ -236,11 +237,11 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
         ref_logp = reference_logp(run.reference, prompts, rollout, config) if run.reference else None
     clock.append(time.time())
     for group in run.optimizer.param_groups:
-        group["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+        group["lr"] = rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
     metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher) for _ in range(config.updates_per_batch)])
     clock.append(time.time())
     table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
-    metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": run.optimizer.param_groups[0]["lr"], "step_time": clock[-1] - clock[0]}
+    metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": rate, "step_time": clock[-1] - clock[0]}
     metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "reference", "update"), clock, clock[1:])}
     metrics |= {"time/tokens_per_second": metrics["num_tokens"] / metrics["step_time"], "time/peak_memory_gb": peak_gigabytes(config.device)}
     if run.gsrm:                                          # what scoring cost: like the times, it depends on what the caches already held
@@ -288,7 +289,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                     good = newest_of_all(out / "checkpoints")[0]
                     if verdict == "stop" or good is None:
                         again = ", again after going back to a checkpoint" * (verdict == "stop")
-                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: lower --lr, look at {out / 'faults'}, or at the data of those steps")
+                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: lower --lr, or look at {out / 'faults'}")
                     load_checkpoint(good, run.model, run.optimizer)
                     if rank() == 0:
                         print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
@@ -312,7 +313,7 @@ def main(config: Config) -> None:
         say(f"passed over {why}", flush=True)
     folder(out)
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
-    say(f"P x G = {config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
+    say(f"P x G = {(P := config.problems_per_step)} x {(G := config.group_size)} = {P * G} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
     run = set_up(config, out)
     check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
@@ -323,7 +324,7 @@ def main(config: Config) -> None:
         files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if run.held_out else [])
         (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
-    say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + (f", going on from {start}" if start else ""), flush=True)
+    say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + f", going on from {start}" * bool(start), flush=True)
     if state["step"] == 0 and run.held_out:
         say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
         say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)

@@ -40,20 +40,20 @@ def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
     """{short name: what is wrong with this step and what helps}, from its metrics; a function of nothing else, so that a resumed run says the same."""
     rows, said = config.problems_per_step * config.group_size, {}
     if m["entropy"] < config.warn_entropy and not m["skipped_step"]:         # a step without a scored row or a spread has measured none
-        said["entropy"] = (f"the entropy is {m['entropy']:.3f} nats a token (--warn_entropy {config.warn_entropy}): the student samples nearly the same completion every time, so a group "
-                           "has little to compare; raise --beta or --clip_high, lower --lr, or stop here")
+        said["entropy"] = (f"the entropy is {m['entropy']:.3f} nats a token (--warn_entropy {config.warn_entropy}): the student samples nearly the same completion every time, so "
+                           "a group has little to compare; raise --beta or --clip_high, lower --lr, or stop here")
     if m["completions/clipped_ratio"] > config.warn_truncated:
-        said["truncated"] = (f"{m['completions/clipped_ratio']:.0%} of the completions were cut off at --max_new_tokens (--warn_truncated {config.warn_truncated}): their answers cannot be "
-                             "graded; raise the budget, or look at rollouts.jsonl whether the student ever stops (is its chat template the right one?)")
+        said["truncated"] = (f"{m['completions/clipped_ratio']:.0%} of the completions were cut off at --max_new_tokens (--warn_truncated {config.warn_truncated}): their answers "
+                             "cannot be graded; raise the budget, or look at rollouts.jsonl whether the student ever stops (is its chat template the right one?)")
     if m["frac_reward_zero_std"] > config.warn_spreadless and "teacher_kl" not in m:         # a teacher model moves such rows too
-        said["spreadless"] = (f"in {m['frac_reward_zero_std']:.0%} of the groups all rewards are equal (--warn_spreadless {config.warn_spreadless}), so nothing is learned from them: the problems "
-                              "are too hard or too easy for this student, or --group_size is too small")
+        said["spreadless"] = (f"in {m['frac_reward_zero_std']:.0%} of the groups all rewards are equal (--warn_spreadless {config.warn_spreadless}), so nothing is learned from "
+                              "them: the problems are too hard or too easy for this student, or --group_size is too small")
     if config.updates_per_batch == 1 and m["sampling/sampling_logp_difference/max"] > config.warn_ratio:
-        said["ratio"] = (f"a token's log-prob differs by {m['sampling/sampling_logp_difference/max']:.2f} nats between sampler and trainer (--warn_ratio {config.warn_ratio}), though both are the same "
-                         "weights: bfloat16 does this to rare tokens; where the mean is large too, sampling and training disagree about the model")
+        said["ratio"] = (f"a token's log-prob differs by {m['sampling/sampling_logp_difference/max']:.2f} nats between sampler and trainer (--warn_ratio {config.warn_ratio}), "
+                         "though both are the same weights: bfloat16 does this to rare tokens; where the mean is large too, sampling and training disagree about the model")
     if m["unscored"] > config.warn_unscored * rows:
-        said["unscored"] = (f"{m['unscored']:.0f} of {rows} completions have no reward (--warn_unscored {config.warn_unscored}): the reward model or the grader failed, see time/gsrm/* in log.jsonl; "
-                            "they are left out, not counted as 0")
+        said["unscored"] = (f"{m['unscored']:.0f} of {rows} completions have no reward (--warn_unscored {config.warn_unscored}): the reward model or the grader failed, see "
+                            "time/gsrm/* in log.jsonl; they are left out, not counted as 0")
     if m["nonfinite"]:
         said["nonfinite"] = "loss or gradient is not finite: the step was skipped on every process, its batch is in faults/"
     return said
