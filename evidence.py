@@ -81,8 +81,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def arms_table(runs: Runs, regime: str, arms: list[str], metrics: dict[str, str]) -> str:
     """An arm a line: seeds, and every figure with its interval."""
-    return table(["arm", "seeds", *metrics.values()], [[arm, str(len(runs[regime, arm]))] + [cell(values(runs, regime, arm, name), DIGITS.get(name, 2)) for name in metrics]
-                                                       for arm in arms if (regime, arm) in runs])
+    figures = lambda arm: [cell(values(runs, regime, arm, name), DIGITS.get(name.split()[-1], 2)) for name in metrics]
+    return table(["arm", "seeds", *metrics.values()], [[arm, str(len(runs[regime, arm])), *figures(arm)] for arm in arms if (regime, arm) in runs])
 
 
 def against_table(runs: Runs, regime: str, arms: list[str], against: str, names: dict[str, str]) -> str:
@@ -214,8 +214,8 @@ PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left":
 # ------------------------------------------------------------------------------------------------ the page
 
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice",
-           "answer": "answer on the branch", "paths": "right walks", "length": "length", "larger": "larger: sampled",
-           "larger structure": "structure", "other": "reworded: sampled", "other structure": "structure"}
+           "answer": "answer on the branch", "paths": "right walks", "length": "length"}
+ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
 LEVELS = {"5-people": "5, 2-3", "7-people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13-people": "13, 9-10"}
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
@@ -223,11 +223,14 @@ REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : ou
 
 def blocks(rows: list[dict]) -> dict[str, str]:
     """What the report puts into the page's marked places, by their names."""
-    runs, made, named = gathered(rows), {}, lambda *names: {name: METRICS[name] for name in names}
+    runs, made, named = gathered(rows), {}, lambda *names: {name: (METRICS | ELSEWHERE)[name] for name in names}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for regime in ("sparse", "dense"):
         mine = [arm for arm in arms if arm not in REWARDS]
         made[f"study-{regime}"] = arms_table(runs, regime, mine, METRICS)
+        for name in ELSEWHERE:                             # 16 samples there, 64 on problems as trained
+            places = {m: (name if m == "sampled" else f"{name} {m}").replace("@64", "@16") for m in METRICS}
+            made[f"study-{regime}-{name}"] = arms_table(runs, regime, mine, {places[m]: METRICS[m].replace("@64", "@16") for m in METRICS})
         made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", named("sampled", "greedy", "found@64", "structure", "choice", "larger", "other"))
         made[f"study-{regime}-rewards"] = against_table(runs, regime, [arm for arm in REWARDS if arm in arms], "rlkd, true structure",
                                                         named("sampled", "greedy", "found@64", "structure", "length"))

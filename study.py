@@ -103,22 +103,25 @@ def found(row: dict) -> bool:
     return bool(row["correct"] and last[1] == f"{target[1] or target[2]} makes what" and last[2] == row["answer"])
 
 
+def measures(rows: list[dict], greedy: list[dict]) -> dict[str, float]:
+    """The study's measures of one student on one set of problems: k samples of each, and a greedy one."""
+    means, (branch, _), groups = summary(rows), structure_report(rows), list(by_problem(rows).values())
+    k, walks = len(groups[0]), [[tuple((meta, query) for meta, query, *_ in row["steps"]) for row in group if found(row)] for group in groups]          # right ones of each problem
+    return {"greedy": summary(greedy)["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")},
+            **{f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())},
+            "structure": means["structure"][0], "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0],
+            "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
+
+
 def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> dict[str, float | list[float]]:
-    """The study's measures of one student: `sampled` on the test set, `transfer` on the two others, `greedy` on all three."""
+    """The measures on problems as trained (`sampled`), on the two other sets (in `transfer`; named "larger" for its sampled accuracy, "larger choice" and so on), greedy ones
+    of all three in `greedy`; and where students leave the teacher's branch."""
     of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
-    means, (branch, steps), k = summary(sampled), structure_report(sampled), sum(r["id"] == sampled[0]["id"] for r in sampled)
-    walks = [[tuple((meta, query) for meta, query, *_ in r["steps"]) for r in group if found(r)] for group in by_problem(sampled).values()]          # right ones of each problem
-    guessless = {f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())}
-    out = {"greedy": summary(of(greedy, "test"))["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")},
-           "structure": means["structure"][0], "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0],
-           "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
+    out, steps = measures(sampled, of(greedy, "test")), structure_report(sampled)[1]
     for name in ("larger", "other"):
-        rows = of(transfer, name)
-        some = summary(rows)
-        mean = next(v[0] for m, v in some.items() if m.startswith("mean@"))
-        out |= {name: mean, f"{name} greedy": summary(of(greedy, name))["mean@1"][0], f"{name} structure": some["structure"][0]}
+        out |= {name if m == "sampled" else f"{name} {m}": value for m, value in measures(of(transfer, name), of(greedy, name)).items()}
     never = sum(r["left_at"] is None and bool(r["steps"]) for r in sampled)
-    return out | guessless | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": never / len(sampled)}
+    return out | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": never / len(sampled)}
 
 
 def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
@@ -132,7 +135,8 @@ def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
     curves: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
     if "rewards/structure/mean" in log[0]:
         last = [{"structure": row["rewards"]["structure"], "true_structure": row["true_structure"]} for _, row in read_jsonl(out / "rollouts.jsonl") if row["step"] > len(log) - 24]
-        curves |= {"gap": mean(log[-24:], "rewards/structure/mean") - mean(log[-24:], "true_structure"), "r": correlation([row for row in last if row["structure"] is not None])}
+        scored = [row for row in last if row["structure"] is not None]
+        curves |= {"gap": mean(scored, "structure") - mean(scored, "true_structure"), "r": correlation(scored)}
     return curves
 
 

@@ -102,12 +102,14 @@ def test_figures_of_one_student():
     test = [generation("5-23-12-0", 0, True, walk, choices=(True, True)), generation("5-23-12-0", 1, True, other, left=0, choices=(False,), structure=0.1),
             generation("5-23-12-0", 2, True, walk), generation("5-23-12-0", 3, True, walk[:1], left=1),                                             # the last is a guess
             *(generation("5-23-12-1", k, False, walk, answer="5", stop="length") for k in range(4))]
-    transfer = [generation("7-34-13-0", 0, True, walk), generation("7-34-13-0", 1, False, walk), generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
+    transfer = [generation("7-34-13-0", 0, True, walk, choices=(True, True)), generation("7-34-13-0", 1, False, walk), generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
     greedy = [generation(f"5-23-{seed}-0", 0, right, walk) | {"temperature": 0.0} for seed, right in ((12, True), (13, False), (15, True))]
     got = study.figures(test, transfer, greedy)
     assert (got["greedy"], got["larger greedy"], got["other greedy"]) == (1, 0, 1) and (got["sampled"], got["larger"], got["other"]) == (0.5, 0.5, 0)
     assert got["pass@1"] == 0.5 and got["pass@4"] == 0.5 and got["found@1"] == pytest.approx(3 / 8) and got["found@2"] == pytest.approx(0.5) and got["found@4"] == 0.5
     assert got["paths"] == 1.0 and got["structure"] == pytest.approx((0.4 + 0.5) / 2) and got["other structure"] == 0.25 and got["length"] == 10 and got["truncated"] == 0.5
+    assert (got["larger found@1"], got["larger found@2"], got["larger paths"], got["larger length"], got["other found@2"]) == (0.5, 1, 1, 10, 0)
+    assert got["larger choice"] == 1 and math.isnan(got["other choice"])             # nobody was asked to choose there
     assert got["left"][:2] == [1 / 8, 1 / 8] and got["never left"] == 6 / 8
     assert study.found(test[0]) and study.found(test[0] | {"problem": "Ann has how many?"})
     assert not study.found(test[3]) and not study.found(test[0] | {"problem": "How many has Bob?"}) and not study.found(test[0] | {"steps": []})
@@ -121,7 +123,7 @@ def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
     got = study.training(tmp_path)
-    assert got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4) and got["gap"] == pytest.approx(0.01, abs=1e-4) and got["r"] == pytest.approx(1.0)
+    assert got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4) and got["gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0)
     assert study.training(tmp_path / "no run") == {}
 
 
