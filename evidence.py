@@ -7,6 +7,7 @@ Interval: mean +- t(0.975, n-1) * sd / sqrt(n) over n seeds. Two arms are compar
 on the claimed side of 0), not supported (on the other side), or undecided (0 is in it).
 """
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,6 +218,8 @@ METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass
            "answer": "answer on the branch", "paths": "right walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
 LEVELS = {"5-people": "5, 2-3", "7-people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13-people": "13, 9-10"}
+QUOTES = (("RLKD - GRPO where outcomes are sparse", "sparse", "rlkd", "grpo"), ("RLKD - GRPO where they are dense", "dense", "rlkd", "grpo"),
+          ("RLKD - SFT on the same 512 problems, sparse", "sparse", "rlkd", "sft 512"))            # of the README
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 
@@ -239,6 +242,9 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                                 for arm in mine if len(values(runs, regime, arm, "gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
     made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation, on a machine that did other things too."
+    made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 2, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
+                                      f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`"
+                                      for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled")))
     made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@64", "structure", "larger", "other"))
     return made
 
