@@ -27,7 +27,8 @@ from data import load_tokenizer
 from toy import make_problems
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ("train.py --data {w}/problems.jsonl --gsrm toy:read --out {w}/new --steps 1 --problems_per_step 2 --group_size 2 --max_new_tokens 8 --eval_problems 0 --beta 0 --truth '' ")
+TRAIN = ("train.py --data {w}/problems.jsonl --gsrm toy:read --out {w}/new --steps 1 --problems_per_step 2 --group_size 2 --max_new_tokens 8 "
+         "--eval_problems 0 --beta 0 --truth '' ")
 EVAL = "eval.py --model toy/student --data {w}/problems.jsonl --max_new_tokens 8 --out {w}/new.jsonl "
 SFT = "sft.py --model toy/student --data {w}/problems.jsonl --out {w}/new "
 CARD = "gsrm.py eval {w}/problems.jsonl --gsrm toy:read "
@@ -182,7 +183,8 @@ BAD = [   # command line, what its one line has to say
     (LOGPROB + "--temperature 0", "--temperature: '0' is not a number of"),
     (LOGPROB + "--only nothing", "--only nothing: in no row's name; there are ours A"),
 ]
-ABSENT = [("wandb", TRAIN + "--log_to wandb", "--log_to wandb: pip install wandb, or leave the flag out"), ("vllm", EVAL + "--engine vllm", "pip install vllm, or leave the flag out"),
+ABSENT = [("wandb", TRAIN + "--log_to wandb", "--log_to wandb: pip install wandb, or leave the flag out"),
+          ("vllm", EVAL + "--engine vllm", "pip install vllm, or leave the flag out"),
           ("openai", ANNOTATE, "an endpoint needs the openai package: pip install openai"), ("datasets", "data.py convert math500 --out {w}/new.jsonl", "pip install datasets")]
 
 
@@ -221,8 +223,8 @@ def lines(path: Path, *rows: object) -> None:
 
 def tiny(vocabulary: int) -> torch.nn.Module:
     """A model that is not the toy's: another width."""
-    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                                                        head_dim=8, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    return AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,8 @@ def w(tmp_path_factory) -> Path:
     lines(w / "kept.jsonl", "this is mine")
     lines(w / "rubbish.py", "numbers = 3", "def text(trace): return 'no steps'", "def nothing(trace): return None", "def nan(trace): return [float('nan')]",
           "def late(trace): return None if trace else []")
-    row = {"id": "a", "sample": 0, "temperature": 1.0, "correct": True, "structure": None, "true_structure": None, "length": 3, "stop": "stop", "text": "x", "steps": None, "left_at": None}
+    row = {"id": "a", "sample": 0, "temperature": 1.0, "correct": True, "structure": None, "true_structure": None,
+           "length": 3, "stop": "stop", "text": "x", "steps": None, "left_at": None}
     lines(w / "rows.jsonl", row, row | {"id": "b"})
     lines(w / "others.jsonl", row | {"id": "x"}, row | {"id": "y"})
     lines(w / "uneven.jsonl", row, row | {"sample": 1}, row | {"id": "b"})
@@ -319,6 +322,7 @@ def test_the_same_commands_without_the_mistake(w, tmp_path):
     """What the table bends is straight: each of its commands runs."""
     shutil.copytree(w, tmp_path / "w")
     lines(tmp_path / "w/gsm8k.jsonl", {"question": "1 + 1?", "answer": "It is 2.\n#### 2"})
-    for line in (TRAIN, SFT + "--out {w}/sft", EVAL, CARD, SHOW, CONVERT + "--overwrite", f"checkpoint.py {STEP} --out {{w}}/exported", TOY + "--out {w}/more.jsonl", "eval.py show {w}/run"):
+    for line in (TRAIN, SFT + "--out {w}/sft", EVAL, CARD, SHOW, CONVERT + "--overwrite", f"checkpoint.py {STEP} --out {{w}}/exported",
+                 TOY + "--out {w}/more.jsonl", "eval.py show {w}/run"):
         status, _, err = command(line.format(w=tmp_path / "w"))
         assert status == 0, (line, err)

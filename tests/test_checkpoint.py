@@ -85,7 +85,8 @@ def spoil(checkpoint, how):
         (checkpoint / "manifest.json").write_text("{" if how == "no manifest" else "[]")
 
 
-@pytest.mark.parametrize("how, says", [("cut", "cut short"), ("missing", "is missing"), ("changed", "was changed"), ("no manifest", "manifest.json"), ("odd manifest", "manifest.json")])
+@pytest.mark.parametrize("how, says", [("cut", "cut short"), ("missing", "is missing"), ("changed", "was changed"),
+                                       ("no manifest", "manifest.json"), ("odd manifest", "manifest.json")])
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(data, straight, tmp_path, capsys, how, says):  # noqa: F811
     out = copy(straight, tmp_path / "out")
     for step in (8, 6):
@@ -156,9 +157,11 @@ def die_in(module, name, nth, after):
             die()
         return result
     setattr(module, name, wrapped)
-PLACES = {"sampling": lambda: die_in(rollout, "decode", 2, True), "scoring": lambda: die_in(train, "score", 1, False), "backward": lambda: die_in(update, "apply_gradient", 1, False),
+PLACES = {"sampling": lambda: die_in(rollout, "decode", 2, True), "scoring": lambda: die_in(train, "score", 1, False),
+          "backward": lambda: die_in(update, "apply_gradient", 1, False),
           "after the update": lambda: die_in(train, "update", 2, True), "between the two logs": lambda: die_in(train, "append_jsonl", 3, True),
-          "while shards are written": lambda: die_in(checkpoint.HuggingFaceStorageWriter, "write_data", 1, True), "before the manifest": lambda: die_in(checkpoint, "manifest", 1, False),
+          "while shards are written": lambda: die_in(checkpoint.HuggingFaceStorageWriter, "write_data", 1, True),
+          "before the manifest": lambda: die_in(checkpoint, "manifest", 1, False),
           "before the rename": lambda: die_in(checkpoint, "manifest", 1, True), "while old ones are removed": lambda: die_in(checkpoint, "spare", 1, True),
           "at the end": lambda: die_in(train, "save_model", 1, False)}
 rng, killed, done = random.Random(seed), 0, False
@@ -179,7 +182,8 @@ while not done:
         sys.exit(f"a resumed run failed in {moment!r}: {status}")
     print(moment, "killed" if os.WIFSIGNALED(status) else "ended", flush=True)
 '''
-MOMENTS = ["sampling", "scoring", "backward", "after the update", "between the two logs", "while shards are written", "before the manifest", "before the rename", "while old ones are removed", "at the end"]
+MOMENTS = ["sampling", "scoring", "backward", "after the update", "between the two logs", "while shards are written",
+           "before the manifest", "before the rename", "while old ones are removed", "at the end"]
 
 
 def killed_run(data, out, moments, seed, least):  # noqa: F811
@@ -222,7 +226,8 @@ def test_runs_killed_at_random_moments_end_as_the_straight_one(data, straight, t
 def test_a_signal_saves_before_leaving(data, straight, tmp_path, number):  # noqa: F811
     out = tmp_path / "out"
     flags = [f if f != "2" or i < 1 else "100" for i, f in enumerate(train_flags(data, out))]        # no checkpoint would come by itself
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen = 0
     while seen < 2:
         seen += process.stdout.readline().startswith("step ")

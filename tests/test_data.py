@@ -123,7 +123,8 @@ def test_skip_bad_counts_and_lists_every_bad_line_and_tells_what_repeats(tmp_pat
         load_problems(file_of(tmp_path, "{broken", "[]"), skip_bad=True)
     load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2", "problem": "Other?"}), skip_bad=True)
     load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2"}))
-    assert capsys.readouterr().err.split("\n")[3:] == [f"1 problems of {path} repeat an earlier one, and were kept:", f"  {path}:2: 'p2' reads as 'p1'", ""]     # also without skip_bad
+    assert capsys.readouterr().err.split("\n")[3:] == [               # also without skip_bad
+        f"1 problems of {path} repeat an earlier one, and were kept:", f"  {path}:2: 'p2' reads as 'p1'", ""]
     load_problems(file_of(tmp_path, *({**GOOD, "id": str(n)} for n in range(22))))
     assert (err := capsys.readouterr().err).startswith("21 problems of") and err.endswith(f"  {path}:21: '20' reads as '0'\n  ...\n")
     load_problems(file_of(tmp_path, GOOD, {**GOOD, "id": "p2", "problem": "Other?"}))

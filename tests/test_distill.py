@@ -21,8 +21,9 @@ ALONE = ["--w_structure", "0", "--w_outcome", "0", "--w_format", "0"]
 
 def net(vocabulary, seed):
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                                        initializer_range=0.3, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    return AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                                        num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=True,
+                                                        bos_token_id=None, eos_token_id=None, pad_token_id=None))
 
 
 @pytest.mark.parametrize("aggregation, spare, level", [("token", 0, "token"), ("sequence", 24, "token"), ("fixed", 0, "sequence")])

@@ -91,7 +91,8 @@ def test_any_stored_generation_can_be_drawn_again_alone(tmp_path, small_waves):
     assert all(r["gold"] == problems[r["index"]].answer and r["length"] == len(r["tokens"]) and r["text"].endswith(tok.decode(r["tokens"], skip_special_tokens=True)) for r in rows)
     settings, sampler = json.loads((tmp_path / "rows.settings.json").read_text())["config"], Sampler(model, *stop_and_pad_ids(model, tok))
     for r in (rows[7], rows[14]):
-        again = sampler.generate([problem_ids(tok, problems[r["index"]])], r["sample"] + 1, settings["max_new_tokens"], r["temperature"], settings["top_p"], r["seed"], [r["index"]])
+        again = sampler.generate([problem_ids(tok, problems[r["index"]])], r["sample"] + 1, settings["max_new_tokens"], r["temperature"],
+                                 settings["top_p"], r["seed"], [r["index"]])
         assert again.completion(r["sample"]) == r["tokens"] and ("stop" if again.finished[r["sample"]] else "length") == r["stop"]
     assert len({tuple(r["tokens"]) for r in rows}) > 10
 
@@ -102,7 +103,8 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, small_waves, left, capsys):
     evaluation.main(replace(CONFIG, out=str(out)))
     table, whole = capsys.readouterr().out.split("right so far")[-1].partition("mean@3")[2], out.read_text()
     lines, todo = whole.splitlines(keepends=True), {"half a line": [[2, 3], [4]], "half a problem": [[1, 2], [3, 4]], "everything": []}.get(left, [[0, 1], [2, 3], [4]])
-    out.write_text({"half a line": "".join(lines[:6]) + lines[6][:40], "half a problem": "".join(lines[:4]), "half a first line": lines[0][:40], "nothing": "", "everything": whole}[left])
+    out.write_text({"half a line": "".join(lines[:6]) + lines[6][:40], "half a problem": "".join(lines[:4]), "half a first line": lines[0][:40],
+                    "nothing": "", "everything": whole}[left])
     small_waves.clear()
     evaluation.main(replace(CONFIG, out=str(out)))
     assert small_waves == todo and out.read_text() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.settings.json"]
@@ -115,7 +117,8 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     config = replace(CONFIG, out=str(out), data=str(data))
     evaluation.main(config)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != data}
-    for change, words in ((dict(k=4), "config k was 3, is 4"), (dict(temperature=0.0), "temperature"), (dict(seed=6), "seed"), (dict(model="toy/gsrm"), "weights_sha256"), (dict(instruction="How?"), "prompts_sha256")):
+    for change, words in ((dict(k=4), "config k was 3, is 4"), (dict(temperature=0.0), "temperature"), (dict(seed=6), "seed"),
+                          (dict(model="toy/gsrm"), "weights_sha256"), (dict(instruction="How?"), "prompts_sha256")):
         with pytest.raises(ValueError, match=f"other settings.*{words}.*choose another --out"):
             evaluation.main(replace(config, **change))
     with pytest.raises(ValueError, match="reward_model was None, is .*toy:read"):
@@ -141,8 +144,9 @@ def test_the_budget_is_lowered_to_the_models_positions_and_said(tmp_path, monkey
         evaluation.sample_rows(CONFIG)
 
 
-@pytest.mark.parametrize("change, words", [(dict(k=0), "--k 0"), (dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=0.0), "--top_p"), (dict(max_new_tokens=0), "--max_new"), (dict(limit=-1), "--limit"),
-                                           (dict(seed=-1), "--seed"), (dict(engine="sglang"), "--engine sglang: own, or vllm"), (dict(dtype="int4"), "--dtype")])
+@pytest.mark.parametrize("change, words", [(dict(k=0), "--k 0"), (dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=0.0), "--top_p"),
+                                           (dict(max_new_tokens=0), "--max_new"), (dict(limit=-1), "--limit"), (dict(seed=-1), "--seed"),
+                                           (dict(engine="sglang"), "--engine sglang: own, or vllm"), (dict(dtype="int4"), "--dtype")])
 def test_bad_flags_say_so_before_anything_is_loaded(change, words, monkeypatch):
     monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=words):
@@ -163,7 +167,8 @@ def test_vllm_missing_is_an_error_that_says_so(monkeypatch):
 
 
 def test_vllm_gets_token_ids_every_stop_and_a_seed_for_each_sample(tmp_path, monkeypatch):
-    """A stand-in with vLLM's interface, our own sampler inside: rows in the order that they are stored in, finish reasons as they are, the same file as from our engine otherwise."""
+    """A stand-in with vLLM's interface, our own sampler inside: rows in the order that they are stored in, finish reasons as they are,
+    the same file as from our engine otherwise."""
     model, tok = load_model("toy/student")
     asked, sampler = [], Sampler(model, *stop_and_pad_ids(model, tok))
 
@@ -182,7 +187,8 @@ def test_vllm_gets_token_ids_every_stop_and_a_seed_for_each_sample(tmp_path, mon
     evaluation.main(replace(CONFIG, engine="vllm", max_new_tokens=70, out=str(tmp_path / "rows.jsonl")))
     rows, problems = [r for _, r in read_jsonl(tmp_path / "rows.jsonl")], load_problems("toy", "test")
     assert [(r["id"], r["index"], r["sample"]) for r in rows] == [(problems[i].id, i, g) for i in range(5) for g in range(3)] and {r["stop"] for r in rows} == {"stop", "length"}
-    assert len({p.seed for p in asked}) == len(asked) == 15 and all((p.top_p, p.temperature, p.max_tokens, p.stop_token_ids) == (0.9, 1.0, 70, sorted(stop_and_pad_ids(model, tok)[0])) for p in asked)
+    stops = sorted(stop_and_pad_ids(model, tok)[0])
+    assert len({p.seed for p in asked}) == len(asked) == 15 and all((p.top_p, p.temperature, p.max_tokens, p.stop_token_ids) == (0.9, 1.0, 70, stops) for p in asked)
     for row, p in zip(rows, asked):
         again = sampler.generate([problem_ids(tok, problems[row["index"]])], 1, 70, 1.0, 0.9, p.seed)
         assert row["tokens"] == again.completion(0) and row["stop"] == ("stop" if again.finished[0] else "length") and row["length"] == len(row["tokens"])
@@ -193,13 +199,13 @@ def test_vllm_gets_token_ids_every_stop_and_a_seed_for_each_sample(tmp_path, mon
 
 def test_rescore_grades_again_and_says_what_changed(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    rows = [{"id": str(n), "sample": 0, "temperature": float(n < 3), "correct": old, "answer": "?", "gold": "\\frac{1}{2}", "structure": None, "true_structure": None, "length": 3, "stop": "stop",
-             "text": f"so</think>\\boxed{{{answer}}}"} for n, (answer, old) in enumerate((("1/2", False), ("2/4", None), ("3", True), ("0.5", True)))]
+    rows = [{"id": str(n), "sample": 0, "temperature": float(n < 3), "correct": old, "answer": "?", "gold": "\\frac{1}{2}", "structure": None, "true_structure": None,
+             "length": 3, "stop": "stop", "text": f"so</think>\\boxed{{{answer}}}"} for n, (answer, old) in enumerate((("1/2", False), ("2/4", None), ("3", True), ("0.5", True)))]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     evaluation.commands(["rescore", str(file)])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "3 of 4 verdicts changed: 1 wrong -> right, 1 not graded -> right, 1 right -> wrong"
-    assert said[1].split() == ["sampled", "greedy"] and said[2].split() == "mean@1 0.667 +- 0.333 [0.000, 1.000] 1.000 +- inf [0.000, 1.000]".split()            # right, right, wrong; right
+    assert said[1].split() == ["sampled", "greedy"] and said[2].split() == "mean@1 0.667 +- 0.333 [0.000, 1.000] 1.000 +- inf [0.000, 1.000]".split()  # right, right, wrong; right
     now = [r for _, r in read_jsonl(file)]
     assert [(r["correct"], r["answer"]) for r in now] == [(True, "1/2"), (True, "2/4"), (False, "3"), (True, "0.5")] and [r["text"] for r in now] == [r["text"] for r in rows]
     evaluation.commands(["rescore", str(file)])

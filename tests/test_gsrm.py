@@ -510,7 +510,8 @@ def test_injection_corpus() -> None:
     assert count >= 200
 
 BENIGN = "so Ann has 4 plus 3, that is 7"
-INJECTED = st.one_of(st.text(max_size=60), st.lists(st.one_of(st.sampled_from([*SPECIALS, *DELIMITERS, *STEP_TAGS, *HOSTILE, "<", "[", "|", ">", "]", ":", "/", "\n", "\0", " ", "\u200b", "1",
+INJECTED = st.one_of(st.text(max_size=60), st.lists(st.one_of(st.sampled_from([
+    *SPECIALS, *DELIMITERS, *STEP_TAGS, *HOSTILE, "<", "[", "|", ">", "]", ":", "/", "\n", "\0", " ", "\u200b", "1",
     "<pad>", "<unk>", "<unused99>", "[CLS]", "[TOOL_CALLS]", "</tool_response>", "im_end|>", "<|im_", "Answer 1]:", "[Ans", "yes", "Answer yes.", BENIGN]), st.text(max_size=5)),
     max_size=8).map("".join))
 
@@ -524,7 +525,7 @@ def test_injected_text_in_one_field_changes_no_other(text: str, at: int, kind: s
     assert read.dropped == [] and [replace(step, **{kind: ""}) if i == at else step for i, step in enumerate(read.steps)] == [
         replace(step, **{kind: ""}) if i == at else step for i, step in enumerate(TEACHER[:3])]
     harmless = [replace(step, **{kind: "something else"}) if i == at else step for i, step in enumerate(TEACHER[:3])]
-    obeys = judge_by(lambda prompts: [float(p.count("\n") != 2 or p.split("\n")[1][3:] == p.split("\n")[2][3:]) for p in prompts])       # a judge that can be fooled by a fourth line
+    obeys = judge_by(lambda prompts: [float(p.count("\n") != 2 or p.split("\n")[1][3:] == p.split("\n")[2][3:]) for p in prompts])  # a judge that can be fooled by a fourth line
     a, b = one(read.steps, TEACHER[:3], judge=obeys), one(harmless, TEACHER[:3], judge=obeys)
     assert (a.value, a.steps, a.left_at) == (b.value, b.steps, b.left_at)
 
@@ -534,8 +535,8 @@ def chatml() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    names = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "</tool_response>", "<s>", "</s>", "<pad>", "<unk>", "<unused99>", "[INST]",
-             "[/INST]", "[CLS]", "[TOOL_CALLS]", "<start_of_turn>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
+    names = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "</tool_response>", "<s>", "</s>", "<pad>", "<unk>",
+             "<unused99>", "[INST]", "[/INST]", "[CLS]", "[TOOL_CALLS]", "<start_of_turn>", "<｜User｜>", "<｜end▁of▁sentence｜>"]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -810,7 +811,8 @@ def test_the_symbolic_check_decides_only_what_it_read_both_ways_round() -> None:
     prompts: list[str] = []
     judge = judge_by(lambda new: (prompts.extend(new), [0.75] * len(new))[1], same_answer)
     pairs = {("answer", "x+1", "1+x"): 1.0, ("answer", "x+1", "x+2"): 0.0, ("answer", "2/3", "3/"): 0.75, ("answer", "3.33", "10/3"): 0.75, ("answer", "0.5", "\\frac{1}{2}"): 1.0,
-             ("answer", "7+8", "9*8"): 0.75, ("query", "x+1", "x+2"): 0.75, ("meta", "x+1", "x+2"): 0.75, ("answer", "4", "5"): 0.0, ("answer", "Ann plus Max", "Max plus Ann"): 0.75}
+             ("answer", "7+8", "9*8"): 0.75, ("query", "x+1", "x+2"): 0.75, ("meta", "x+1", "x+2"): 0.75, ("answer", "4", "5"): 0.0,
+             ("answer", "Ann plus Max", "Max plus Ann"): 0.75}
     assert judge([*pairs, *pairs]) == [*pairs.values()] * 2 and judge.stats["symbolic"] == 3 and len(prompts) == 6
     assert set(asked) == {("x+1", "1+x"), ("x+1", "x+2"), ("x+2", "x+1"), ("2/3", "3/"), ("3/", "2/3"), ("3.33", "10/3"), ("0.5", "\\frac{1}{2}"), ("7+8", "9*8")}
     assert len(asked) == len(set(asked))                             # no decimals are turned round, no pair is asked twice
@@ -820,7 +822,8 @@ def test_the_symbolic_check_decides_only_what_it_read_both_ways_round() -> None:
 
 
 @pytest.mark.parametrize("text", ["in the middle", "Ann plus Max", "5 cm", "12 apples", "sqrt(2)", "x = 5", "16-3-4=9", "2 1/2", "1 000", "3(4)", "(2)(3)", "3/4x", "1/2x",
-                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "", "1" * (MAX_FIELD + 1), "1,000+" * 101 + "1", "五"])
+                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "",
+                                  "1" * (MAX_FIELD + 1), "1,000+" * 101 + "1", "五"])
 def test_what_is_not_plainly_mathematics_never_reaches_the_checker(text: str) -> None:
     same_answer, asked = checker({})
     for other in ("5", "x", text + " "):

@@ -116,7 +116,8 @@ def test_a_resumed_run_is_the_straight_run_bitwise(straight, data, tmp_path):  #
 
 
 def test_a_checkpoint_is_exported_merged(straight, tmp_path):
-    done = subprocess.run([sys.executable, "checkpoint.py", str(straight / "checkpoints" / "step_000003"), "--out", str(tmp_path / "model")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "checkpoint.py", str(straight / "checkpoints" / "step_000003"), "--out", str(tmp_path / "model")], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     a, b = weights(straight), weights(tmp_path)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

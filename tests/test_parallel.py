@@ -19,8 +19,10 @@ STEPS = ["--steps", "3", "--beta", "0.01", "--w_format", "0.5"]
 def torchrun(processes, script, *flags, timeout=120, launcher=()):
     """A job of several processes; -> (status, stdout and stderr, seconds)."""
     started = time.time()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", *launcher, str(script), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0",
+               *launcher, str(script), *flags]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     return done.returncode, done.stdout + done.stderr, time.time() - started
 
 
@@ -142,7 +144,8 @@ def spoiled(*args):
     return (value * float("nan") if calls[0] == 2 and me == 1 and not os.path.exists(mark) else value, *rest)
 train.score, update.linear_policy_loss = score, spoiled
 """)
-    code, said, _ = torchrun(2, script, *SMALL, "--steps", "4", "--data", str(data), "--out", str(tmp_path / "out"), "--save_every", "1", "--resume", "auto", launcher=("--max_restarts", "1"))
+    code, said, _ = torchrun(2, script, *SMALL, "--steps", "4", "--data", str(data), "--out", str(tmp_path / "out"), "--save_every", "1",
+                             "--resume", "auto", launcher=("--max_restarts", "1"))
     assert code == 0 and "the second process has an accident" in said, said[-3000:]
     log = lines(tmp_path / "out")
     assert [row["step"] for row in log] == [1, 2, 3, 4]

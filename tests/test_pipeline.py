@@ -29,7 +29,8 @@ rows_of = lambda path: [row for _, row in read_jsonl(path)]
 # ------------------------------------------------------------------------------------------------ one step of each family
 
 
-@pytest.mark.parametrize(("kind", "template", "tied"), [("qwen2", "chatml", True), ("qwen3", "chatml", False), ("llama", "r1", False), ("qwen2", "r1", False), ("llama", "chatml", True), ("qwen3", "r1", True)])
+@pytest.mark.parametrize(("kind", "template", "tied"), [("qwen2", "chatml", True), ("qwen3", "chatml", False), ("llama", "r1", False),
+                                                        ("qwen2", "r1", False), ("llama", "chatml", True), ("qwen3", "r1", True)])
 def test_one_step_of_each_family_with_its_own_tokenizer(kind: str, template: str, tied: bool, tmp_path: Path) -> None:
     """The trainer's log-probs are the sampler's, something moves, and what is exported is an ordinary checkpoint with the template that it was trained under."""
     problems = make_problems(5, 4, 5, (2, 4))
@@ -47,7 +48,8 @@ def test_one_step_of_each_family_with_its_own_tokenizer(kind: str, template: str
     moved = float((after.model.embed_tokens.weight - before.model.embed_tokens.weight).detach().abs().max())
     assert type(after).config_class is CONFIGS[kind] and after.model.embed_tokens.weight.shape[0] == after.lm_head.weight.shape[0] == size and moved > 1e-4
     assert (after.lm_head.weight.data_ptr() == after.model.embed_tokens.weight.data_ptr()) is tied is after.config.tie_word_embeddings
-    assert same.chat_template == tok.chat_template and same.get_vocab() == was.get_vocab() and (same.eos_token, same.pad_token, same.bos_token) == (tok.eos_token, tok.pad_token, tok.bos_token)
+    assert (same.chat_template == tok.chat_template and same.get_vocab() == was.get_vocab()
+            and (same.eos_token, same.pad_token, same.bos_token) == (tok.eos_token, tok.pad_token, tok.bos_token))
 
     words = "Ünï 47 <think>so</think>\n\\boxed{12}"
     ids, again = chat_ids(was, words), chat_ids(load_tokenizer(out / "model"), words)
@@ -69,7 +71,8 @@ ODD = {"no pad token": ("llama", "r1", {"tokenizer_config.json": {"pad_token": N
        "stop ids that only generation_config knows": ("llama", "r1", {"generation_config.json": {"eos_token_id": [1, 40]}}),
        "no chat template": ("llama", "r1", {}),
        "no room to spare": ("qwen2", "r1", {}),                      # transformers loads it with a token more than its files have: <|endoftext|>
-       "a sliding window that is switched off": ("qwen2", "chatml", {"config.json": {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 0, "layer_types": None}}),
+       "a sliding window that is switched off": ("qwen2", "chatml", {"config.json": {"sliding_window": 4, "use_sliding_window": False,
+                                                                                     "max_window_layers": 0, "layer_types": None}}),
        "sampling settings that contradict each other": ("qwen3", "chatml", {"generation_config.json": {"temperature": 0.6, "top_p": 0.9, "do_sample": False}})}
 
 
@@ -96,13 +99,14 @@ def test_an_odd_checkpoint_is_trained_exported_and_evaluated(oddity: str, tmp_pa
             loss += float(model(input_ids=torch.tensor([prompt + target]), labels=torch.tensor([[-100] * len(prompt) + target])).loss) * len(target)
     assert json.loads((tmp_path / "sft" / "sft.json").read_text())["epochs"][0]["loss"] == pytest.approx(loss / sum(len(t) for _, t in pairs), abs=1e-5) and len(pairs) == 6
 
-    train.main(train.parse_config(["--preset", "none", "--model", str(start), "--data", str(data), "--gsrm", "tiny:read", "--out", str(tmp_path / "rl"), "--steps", "1", "--device", "cpu",
-                                   "--problems_per_step", "2", "--group_size", "2", "--max_new_tokens", "8"]))
+    train.main(train.parse_config(["--preset", "none", "--model", str(start), "--data", str(data), "--gsrm", "tiny:read", "--out", str(tmp_path / "rl"), "--steps", "1",
+                                   "--device", "cpu", "--problems_per_step", "2", "--group_size", "2", "--max_new_tokens", "8"]))
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "rl" / "checkpoints" / "step_000001"), "--out", str(tmp_path / "export")])
     checkpoint_main()
     for folder in (tmp_path / "sft", tmp_path / "rl" / "model", tmp_path / "export"):
         after, same = load_model(folder)
-        assert stop_and_pad_ids(after, same) == stops and chat_ids(same, "2 <|endoftext|> 3?") == ids and same.get_vocab() == tok.get_vocab() and same.chat_template == tok.chat_template
+        assert (stop_and_pad_ids(after, same) == stops and chat_ids(same, "2 <|endoftext|> 3?") == ids
+                and same.get_vocab() == tok.get_vocab() and same.chat_template == tok.chat_template)
     rows, _, _ = evaluation.sample_rows(evaluation.Config(str(tmp_path / "export"), str(data), k=2, temperature=1.0, top_p=1.0, max_new_tokens=20, device="cpu"))
     assert len(rows) == 6 and all((row["tokens"][-1] in stops[0]) == (row["stop"] == "stop") and not stops[0] & set(row["tokens"][:-1]) for row in rows)
 
@@ -111,7 +115,8 @@ def test_a_sliding_window_is_refused_before_anything_is_written(tmp_path: Path) 
     tok = tokenizer("chatml", ["1 2 3"])
     edit(checkpoint(tmp_path / "start", "qwen2", tok) / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=None)
     write_jsonl(data := tmp_path / "train.jsonl", [asdict(p) for p in make_problems(5, 3, 5, (2, 4))])
-    for run in (lambda: train.main(train.parse_config(["--preset", "none", "--model", str(tmp_path / "start"), "--data", str(data), "--gsrm", "tiny:read", "--out", str(tmp_path / "rl"), "--device", "cpu"])),
+    for run in (lambda: train.main(train.parse_config(["--preset", "none", "--model", str(tmp_path / "start"), "--data", str(data), "--gsrm", "tiny:read",
+                                                       "--out", str(tmp_path / "rl"), "--device", "cpu"])),
                 lambda: evaluation.main(evaluation.Config(str(tmp_path / "start"), str(data), max_new_tokens=8, device="cpu", out=str(tmp_path / "rows.jsonl")))):
         with pytest.raises(ValueError, match="full attention only .Qwen2: use_sliding_window=False"):
             run()
@@ -120,14 +125,19 @@ def test_a_sliding_window_is_refused_before_anything_is_written(tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------ from nothing to a trained student
 
 OWN_ROWS = [                                                         # in GSM8K's form, for where its file is not
-    ("Mia has 3 boxes with 8 pears each and eats 5 pears. How many pears are left?", "There are 3*8 = <<3*8=24>>24 pears.\nAfter eating, 24-5 = <<24-5=19>>19 pears are left.\n#### 19"),
-    ("A bus makes 6 trips a day with 40 seats each. How many seats is that in 7 days?", "A day has 6*40 = <<6*40=240>>240 seats.\nIn a week that is 240*7 = <<240*7=1680>>1680 seats.\n#### 1680"),
-    ("Omar reads 12 pages on Monday and twice as many on Tuesday. How many pages does he read in all?", "On Tuesday he reads 2*12 = <<2*12=24>>24 pages.\nIn all he reads 12+24 = <<12+24=36>>36.\n#### 36"),
+    ("Mia has 3 boxes with 8 pears each and eats 5 pears. How many pears are left?",
+     "There are 3*8 = <<3*8=24>>24 pears.\nAfter eating, 24-5 = <<24-5=19>>19 pears are left.\n#### 19"),
+    ("A bus makes 6 trips a day with 40 seats each. How many seats is that in 7 days?",
+     "A day has 6*40 = <<6*40=240>>240 seats.\nIn a week that is 240*7 = <<240*7=1680>>1680 seats.\n#### 1680"),
+    ("Omar reads 12 pages on Monday and twice as many on Tuesday. How many pages does he read in all?",
+     "On Tuesday he reads 2*12 = <<2*12=24>>24 pages.\nIn all he reads 12+24 = <<12+24=36>>36.\n#### 36"),
     ("Ropes of 45 m are cut into pieces of 9 m. What do 4 ropes give?", "One rope gives 45/9 = <<45/9=5>>5 pieces.\nSo 4 ropes give 4*5 = <<4*5=20>>20 pieces.\n#### 20"),
     ("Lena saves $15 a week and has $30 now. How much has she after 6 weeks?", "She adds 15*6 = $<<15*6=90>>90.\nWith what she has that is 30+90 = $<<30+90=120>>120.\n#### 120"),
-    ("A field is 20 m long and half as wide. How many meters of fence go around it?", "It is 20/2 = <<20/2=10>>10 m wide.\nOnce around is 2*(20+10) = <<2*(20+10)=60>>60 m.\n#### 60"),
+    ("A field is 20 m long and half as wide. How many meters of fence go around it?",
+     "It is 20/2 = <<20/2=10>>10 m wide.\nOnce around is 2*(20+10) = <<2*(20+10)=60>>60 m.\n#### 60"),
     ("Three friends share 2 pizzas of 9 slices. How many slices does each get?", "There are 2*9 = <<2*9=18>>18 slices.\nEach gets 18/3 = <<18/3=6>>6 slices.\n#### 6"),
-    ("A tank holds 500 liters and loses 25 liters an hour. When is it at 300 liters?", "It has to lose 500-300 = <<500-300=200>>200 liters.\nThat takes 200/25 = <<200/25=8>>8 hours.\n#### 8"),
+    ("A tank holds 500 liters and loses 25 liters an hour. When is it at 300 liters?",
+     "It has to lose 500-300 = <<500-300=200>>200 liters.\nThat takes 200/25 = <<200/25=8>>8 hours.\n#### 8"),
 ]
 
 
@@ -177,10 +187,12 @@ def test_the_commands_in_a_row_on_gsm8k(tmp_path: Path) -> None:
                    "--group_size", 4, "--lr", "1e-4", "--eval_problems", 8, "--eval_k", 2, *scoring)
     log, cached = rows_of(rl / "log.jsonl"), [row["text"] for row in rows_of(rl / "gsrm_cache.jsonl") if "text" in row]
     exact = sum(text in cached for text in wanted.values())
-    print(f"{written} pairs, {rejected} rejected; of the teacher's {len(wanted)} traces GSRM read {exact} exactly, {len(cached)} at all; structure reward", [row["rewards/structure/mean"] for row in log])
+    print(f"{written} pairs, {rejected} rejected; of the teacher's {len(wanted)} traces GSRM read {exact} exactly, {len(cached)} at all; structure reward",
+          [row["rewards/structure/mean"] for row in log])
     assert exact >= 6 and len(log) == 3 and "accuracy greedy" in said and len(rows_of(rl / "eval_before.jsonl")) == len(rows_of(rl / "eval_after.jsonl")) == 8 + 16
     for row in log:
-        assert all(math.isfinite(row[name]) for name in ("reward", "rewards/structure/mean", "loss", "grad_norm")) and row["unscored"] < 8 and row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert (all(math.isfinite(row[name]) for name in ("reward", "rewards/structure/mean", "loss", "grad_norm"))
+                and row["unscored"] < 8 and row["sampling/sampling_logp_difference/max"] < 1e-4)
     assert max(row["rewards/structure/mean"] for row in log) > 0 and any(row["rewards/structure/std"] > 0 and row["grad_norm"] > 0 for row in log)
 
     for name, model in (("before", tmp_path / "llama"), ("after", rl / "model")):

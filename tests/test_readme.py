@@ -16,21 +16,26 @@ import train
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines() for command in re.split(r"\s+# |\s\s+# ", line)[0].split(" && ") if re.match(r"python |torchrun |pip ", line)]
+COMMANDS = [command.strip() for block in BLOCKS for line in block.splitlines()
+            for command in re.split(r"\s+# |\s\s+# ", line)[0].split(" && ") if re.match(r"python |torchrun |pip ", line)]
 SMALL = "--steps 2 --save_every 1 --eval_problems 2 --eval_k 2 --problems_per_step 2 --group_size 2"
 MADE_SMALL = {   # command, up to where it is told apart -> what is put behind it, or "old -> new"
-    "python train.py --w_structure 0": SMALL, "python train.py --resume auto": SMALL, "python train.py --help": "", "python train.py --teacher": SMALL, "python train.py --structure_reward": SMALL,
-    "python sft.py --model toy/student": "--limit 8 --epochs 1", "python eval.py --model out/toy/model": "--limit 2 --k 2", "python eval.py rescore": "FILE.jsonl -> out/toy/eval_after.jsonl",
-    "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1", "python eval.py show out/toy/eval_after": "--problem 11-78-2-18 --sample 3 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
+    "python train.py --w_structure 0": SMALL, "python train.py --resume auto": SMALL, "python train.py --help": "", "python train.py --teacher": SMALL,
+    "python train.py --structure_reward": SMALL, "python sft.py --model toy/student": "--limit 8 --epochs 1", "python eval.py --model out/toy/model": "--limit 2 --k 2",
+    "python eval.py rescore": "FILE.jsonl -> out/toy/eval_after.jsonl", "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1",
+    "python eval.py show out/toy/eval_after": "--problem 11-78-2-18 --sample 3 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
     "python checkpoint.py": "step_000200 -> step_000002", "torchrun --nproc_per_node 2": "--steps 5 -> " + SMALL,
     "python study.py report": "", "python train.py": SMALL,
 }
 MISSING = {   # these end with one line that names what is not here
-    "python data.py convert": r"data/math500.jsonl|hub|datasets", "python gsrm.py annotate": r"data/openr1.jsonl", "python sft.py --preset paper-gsrm": r"Qwen/Qwen2.5-1.5B-Instruct|data/pairs.jsonl",
-    "python gsrm.py eval data": r"data/openr1.jsonl|out/gsrm", "python train.py --preset": r"data/openr1.jsonl|Qwen/|out/gsrm", "torchrun --nproc_per_node 8": r"data/openr1.jsonl|deepseek|out/gsrm",
+    "python data.py convert": r"data/math500.jsonl|hub|datasets", "python gsrm.py annotate": r"data/openr1.jsonl",
+    "python sft.py --preset paper-gsrm": r"Qwen/Qwen2.5-1.5B-Instruct|data/pairs.jsonl", "python gsrm.py eval data": r"data/openr1.jsonl|out/gsrm",
+    "python train.py --preset": r"data/openr1.jsonl|Qwen/|out/gsrm", "torchrun --nproc_per_node 8": r"data/openr1.jsonl|deepseek|out/gsrm",
     "python eval.py --model": r"data/math500.jsonl|Qwen|out/rlkd", "python eval.py compare out/before": r"out/before.jsonl",
 }
-ELSEWHERE = {"python bench.py rollout": "minutes; tests/test_bench.py runs it small", "pip install": "the test run itself begins with it", "python -m pytest": "this is it", "python toy.py": "half an hour; tests/test_toy.py trains its parts for a few steps",
+ELSEWHERE = {"python bench.py rollout": "minutes; tests/test_bench.py runs it small",
+             "pip install": "the test run itself begins with it", "python -m pytest": "this is it",
+             "python toy.py": "half an hour; tests/test_toy.py trains its parts for a few steps",
              "python study.py --quick": "half an hour; tests/test_study.py", "torchrun --nnodes 2": "wants two machines"}
 
 

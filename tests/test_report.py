@@ -1,4 +1,5 @@
-"""Figures, structure report, paired comparison, pictures and printed completions of report.py and plots.py, against hand-made rows and naive twins. `python -m pytest tests/test_report.py`"""
+"""Figures, structure report, paired comparison, pictures and printed completions of report.py and plots.py, against hand-made rows and naive twins.
+`python -m pytest tests/test_report.py`"""
 import itertools
 import json
 import math
@@ -39,7 +40,8 @@ def test_pass_and_majority_are_means_over_subsets():
 
 
 def test_the_table_says_error_and_interval(capsys):
-    report.print_table({"m": {"mean@2": report.Interval(0.5, 0.25, 0.75, 0.125), "length": report.Interval(123.4, 100.0, 150.0, 12.0), "ungraded": report.Interval(3, 3, 3)}}, errors=True)
+    report.print_table({"m": {"mean@2": report.Interval(0.5, 0.25, 0.75, 0.125), "length": report.Interval(123.4, 100.0, 150.0, 12.0),
+                              "ungraded": report.Interval(3, 3, 3)}}, errors=True)
     lines = capsys.readouterr().out.splitlines()
     assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2] and lines[3].split() == ["ungraded", "3.000"]
 
@@ -54,7 +56,8 @@ def but(i, **fields):
 
 def scored(problem, student, *teachers):
     score, = structure_rewards([student], [list(teachers)], exact_judge)
-    return row(problem, True, structure=score.value, left_at=score.left_at, choices=score.choices, steps=[[s.meta, s.query, s.answer, e] for s, e in zip(score.structure, score.steps)])
+    return row(problem, True, structure=score.value, left_at=score.left_at, choices=score.choices,
+               steps=[[s.meta, s.query, s.answer, e] for s, e in zip(score.structure, score.steps)])
 
 
 def test_a_half_credit_says_whether_choice_or_answer_was_wrong():
@@ -170,7 +173,8 @@ def test_what_is_no_file_of_generations_is_named(tmp_path):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
-    for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"), ("list.jsonl", "list.jsonl:1: not a generation"),
+    for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"),
+                        ("list.jsonl", "list.jsonl:1: not a generation"),
                         ("empty.jsonl", "holds no generations"), ("picture.png", "picture.png:1: not valid JSON"), ("nowhere", "no generations at")):
         with pytest.raises(ValueError, match=words):
             report.read_generations(tmp_path / name)
@@ -178,7 +182,8 @@ def test_what_is_no_file_of_generations_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------------ single completions
 
 def test_show_says_what_was_lost_and_keeps_escapes_off_the_terminal():
-    r = row("p", True, "1", text="a\x1b[2Jb</think>", steps=[["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5], ["m3", "q3", "a3", 0.5], ["m4", "q4", "a\x9b4", 0.25], ["m5", "q5", "a5", 0.0]],
+    r = row("p", True, "1", text="a\x1b[2Jb</think>", steps=[["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5],
+                                                             ["m3", "q3", "a3", 0.5], ["m4", "q4", "a\x9b4", 0.25], ["m5", "q5", "a5", 0.0]],
             choices=[True, False, True, False, False], left_at=4, structure=0.45)
     lines = [line for line in report.show(r).splitlines() if line.startswith("  ")]
     assert [line.split()[0] for line in lines[:5]] == ["+", "~", "~", "~", "x"] and "\x1b" not in report.show(r) and "\x9b" not in report.show(r)
@@ -240,7 +245,8 @@ def test_a_rollout_is_painted_by_what_its_steps_earned(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "painted", lambda paragraphs: drawn.append(paragraphs) or type("Figure", (), {"savefig": lambda self, *a, **k: None})())
     green, yellow, red = (plots.tint(c, 0.45) for c in (plots.GREEN, plots.YELLOW, plots.RED))
-    one = row("a", True, steps=[["m", "q", "1", 1.0], ["m2", "q2", "2", 0.5], ["m3", "q3", "3", 0.0]], left_at=2, structure=0.75, text="<think>\nfirst.\nsecond.\nthird.\n</think>\n\\boxed{1}")
+    one = row("a", True, steps=[["m", "q", "1", 1.0], ["m2", "q2", "2", 0.5], ["m3", "q3", "3", 0.0]], left_at=2, structure=0.75,
+              text="<think>\nfirst.\nsecond.\nthird.\n</think>\n\\boxed{1}")
     plots.rollout_picture(one, tmp_path / "x.png")
     assert drawn[0][2:5] == [[("first.", green), ("", None)], [("second.", yellow), ("", None)], [("third.", red), ("   left the teacher's branch here", None)]]
     assert drawn[0][0] == [("P a?", None)] and drawn[0][5] == [("\\boxed{1}", None)] and "0.75" in drawn[0][-1][-1][0]
@@ -266,6 +272,7 @@ def test_the_tree_merges_equal_beginnings_only():
     figure = plots.tree([["a", "b", "c"], ["a", "c", "c"], ["a", "b", "d"]], "root", {("a", "c"): "left here"}, {(): 1.0})
     where = {(t.get_text(), round(t.get_position()[0])): t.get_position()[1] for t in figure.axes[0].texts if t.get_text()}
     top, middle = pytest.approx((0 + 1 + 2) / 3), pytest.approx((0 + 1) / 2)
-    assert where == {("root", 0): top, ("a", 1): top, ("b", 2): middle, ("c", 2): 2, ("c", 3): 2, ("d", 3): 1, ("left here", 2): pytest.approx(2.36)}        # the last trace is drawn second
+    assert where == {("root", 0): top, ("a", 1): top, ("b", 2): middle, ("c", 2): 2, ("c", 3): 2, ("d", 3): 1,        # the last trace is drawn second
+                     ("left here", 2): pytest.approx(2.36)}
     boxes = [t.get_text() for t in figure.axes[0].texts if t.get_bbox_patch()]
     assert sorted(boxes) == ["a", "b", "c", "c", "c", "d", "root"] and len(figure.axes[0].lines) == 6

@@ -588,7 +588,8 @@ def test_a_plain_head_is_taken_and_another_refused(kind: str) -> None:
 
 
 def test_a_head_that_scales_its_logits_is_refused() -> None:
-    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                  bos_token_id=None, eos_token_id=None, pad_token_id=None)
     for config in (GraniteConfig(**common, logits_scaling=3.0), CohereConfig(**common, logit_scale=0.0625)):
         with pytest.raises(ValueError, match="softcap or a logit scale"):
             check_head(AutoModelForCausalLM.from_config(config).eval())

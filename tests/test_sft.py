@@ -512,7 +512,8 @@ def test_main_reports_held_out_loss_and_keeps_the_best_epoch(tmp_path: Path, cap
     assert tables["best"] == tables["last"] and [(row["epoch"], row["step"]) for row in tables["best"]] == [(e, 3 * e) for e in range(1, 13)]
     assert min(curve) < curve[-1] and loss["best"] == pytest.approx(min(curve), abs=1e-5) and loss["last"] == pytest.approx(curve[-1], abs=1e-5)
     out = capsys.readouterr()
-    assert "3 pairs held out (loss " in out.out and out.out.count("the best so far") >= 1 and f"epoch 12, step 36: loss {tables['last'][-1]['loss']:.4f}, held out {curve[-1]:.4f}" in out.out
+    assert ("3 pairs held out (loss " in out.out and out.out.count("the best so far") >= 1
+            and f"epoch 12, step 36: loss {tables['last'][-1]['loss']:.4f}, held out {curve[-1]:.4f}" in out.out)
 
 
 def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path, alone: None) -> None:

@@ -69,7 +69,8 @@ def test_the_tables_are_those_of_the_results():
     assert against[2:] == [f"| rlkd | 3 | +0.44 ± {half(gains):.2f} |"]
     claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "gap"), ("none", "rlkd", "base", "sampled"))
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
-    assert words == [f"**supported**: +0.44 ± {half(gains):.2f} (3 seeds)", f"**not supported**: -0.44 ± {half(gains):.2f} (3 seeds)", "undecided: +0.00 ± 0.00 (3 seeds)", "not run"]
+    assert words == [f"**supported**: +0.44 ± {half(gains):.2f} (3 seeds)", f"**not supported**: -0.44 ± {half(gains):.2f} (3 seeds)",
+                     "undecided: +0.00 ± 0.00 (3 seeds)", "not run"]
     levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
     assert len(levels) == 3 and levels[2].startswith("| 7, 3-4 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
 
@@ -79,7 +80,8 @@ def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path,
     file.write_text("".join(json.dumps(row) + "\n" for row in rows()[:5]))
     monkeypatch.setattr(study, "one", lambda regime, arm, seed, out, threads: ran.append((regime, arm, seed)) or rows()[5])
     monkeypatch.setattr(study, "run", lambda *a: None)
-    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "rlkd", "--regimes", "sparse", "--seeds", "0", "1", "2", "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "rlkd", "--regimes", "sparse", "--seeds", "0", "1", "2",
+                                     "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
     study.main()
     assert ran == [("sparse", "rlkd", 2)] and len(file.read_text().splitlines()) == 6 and "| rlkd | 3 |" in capsys.readouterr().out
     monkeypatch.undo()
@@ -92,7 +94,8 @@ def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path,
 
 
 def generation(name, sample, right, steps, answer="4", structure=0.5, left=None, choices=(), asked="How many has Ann?", stop="stop"):
-    return {"id": name, "sample": sample, "correct": right, "answer": answer, "structure": structure, "true_structure": None, "length": 10, "stop": stop, "problem": f"We know. {asked}",
+    return {"id": name, "sample": sample, "correct": right, "answer": answer, "structure": structure, "true_structure": None,
+            "length": 10, "stop": stop, "problem": f"We know. {asked}",
             "steps": [[m, q, a, e] for m, q, a, e in steps], "choices": list(choices), "left_at": left, "temperature": 1.0}
 
 
@@ -102,7 +105,8 @@ def test_figures_of_one_student():
     test = [generation("5-23-12-0", 0, True, walk, choices=(True, True)), generation("5-23-12-0", 1, True, other, left=0, choices=(False,), structure=0.1),
             generation("5-23-12-0", 2, True, walk), generation("5-23-12-0", 3, True, walk[:1], left=1),                                             # the last is a guess
             *(generation("5-23-12-1", k, False, walk, answer="5", stop="length") for k in range(4))]
-    transfer = [generation("7-34-13-0", 0, True, walk, choices=(True, True)), generation("7-34-13-0", 1, False, walk), generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
+    transfer = [generation("7-34-13-0", 0, True, walk, choices=(True, True)), generation("7-34-13-0", 1, False, walk),
+                generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
     greedy = [generation(f"5-23-{seed}-0", 0, right, walk) | {"temperature": 0.0} for seed, right in ((12, True), (13, False), (15, True))]
     got = study.figures(test, transfer, greedy)
     assert (got["greedy"], got["larger greedy"], got["other greedy"]) == (1, 0, 1) and (got["sampled"], got["larger"], got["other"]) == (0.5, 0.5, 0)
@@ -118,12 +122,14 @@ def test_figures_of_one_student():
 
 def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
     steps = range(1, 41)
-    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": 0.5 + 0.01 * (n > 16), "true_structure": 0.5, "completions/mean_length": 7, "entropy": 1} for n in steps]
+    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": 0.5 + 0.01 * (n > 16), "true_structure": 0.5,
+            "completions/mean_length": 7, "entropy": 1} for n in steps]
     rollouts = [{"step": n, "rewards": {"structure": None if k == 2 else 0.5 * k}, "true_structure": 0.4 * k if n > 16 else 1 - k} for n in steps for k in range(3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
     got = study.training(tmp_path)
-    assert got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4) and got["gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0)
+    assert (got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4)
+            and got["gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0))
     assert study.training(tmp_path / "no run") == {}
 
 
@@ -133,13 +139,15 @@ def test_the_page_is_made_from_the_rows_alone(tmp_path):
     pages = [evidence.report(rows() + rows("dense"), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
     assert [p.read_bytes() for p in pages[0]] == [p.read_bytes() for p in pages[1]] and len(pages[0]) == 1 + len(evidence.PICTURES)
     text = pages[0][0].read_text()
-    assert text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 hours" in text and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text
+    assert (text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 hours" in text
+            and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text)
     with pytest.raises(ValueError, match="study-magic"):
         evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
-    """Every table of docs/study.md and of the README, byte for byte; the pictures too, where matplotlib is the one that drew them. Outside of the marked places there is no figure."""
+    """Every table of docs/study.md and of the README, byte for byte; the pictures too, where matplotlib is the one that drew them.
+    Outside of the marked places there is no figure."""
     results = sorted(study.read_results(ROOT / "docs/study.jsonl"), key=study.order)
     pages = evidence.report(results, tmp_path / "study.md", ROOT / "docs/study.md")
     assert pages[0].read_text() == (ROOT / "docs/study.md").read_text()
@@ -207,7 +215,8 @@ def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "one", one)
     monkeypatch.setattr(study, "run", lambda *a: None)
     file = tmp_path / "study.jsonl"
-    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "--regimes", "sparse", "--seeds", *map(str, range(40)), "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "--regimes", "sparse", "--seeds", *map(str, range(40)),
+                                     "--results", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"])
     with pytest.raises(RuntimeError, match="seed 1 failed"):
         study.main()
     assert [r["seed"] for r in study.read_results(file)] == [seed for seed in begun if seed != 1] and 0 in begun and len(begun) < 40

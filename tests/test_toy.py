@@ -112,7 +112,8 @@ def test_shipped_folder_is_small_and_its_problems_are_those_of_the_code():
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 6e6
     assert load_problems("toy") == toy.make_problems(1, 256, toy.PEOPLE, toy.NEEDED) and load_problems("toy", "test") == toy.make_problems(2, 256, toy.PEOPLE, toy.NEEDED)
     assert not {p.problem for p in load_problems("toy")} & {p.problem for p in load_problems("toy", "test")}
-    assert load_tokenizer("toy/student").spec == toy.tokenizer(thinks=True).spec and load_tokenizer("toy/gsrm").spec == load_tokenizer("toy/judge").spec == toy.tokenizer(thinks=False).spec
+    assert (load_tokenizer("toy/student").spec == toy.tokenizer(thinks=True).spec
+            and load_tokenizer("toy/gsrm").spec == load_tokenizer("toy/judge").spec == toy.tokenizer(thinks=False).spec)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_the_logged_figures_are_those_of_the_rollouts(straight):
     for log in lines(straight):
         of_step = [r for r in rows if r["step"] == log["step"]]
         assert len(of_step) == 16 and log["num_tokens"] == sum(r["length"] for r in of_step)
-        assert log["rewards/structure/mean"] == pytest.approx(sum(r["rewards"]["structure"] for r in of_step) / 16) == pytest.approx(log["true_structure"])   # the rule is the truth
+        assert log["rewards/structure/mean"] == pytest.approx(sum(r["rewards"]["structure"] for r in of_step) / 16) == pytest.approx(log["true_structure"])  # the rule is the truth
         assert log["completions/clipped_ratio"] == sum(r["stop"] == "length" for r in of_step) / 16
         groups = [[r["advantage"] for r in of_step[g:g + 4]] for g in range(0, 16, 4)]
         assert log["frac_reward_zero_std"] == sum(not any(g) for g in groups) / 4 and all(abs(sum(g)) < 1e-5 for g in groups)
@@ -147,8 +147,8 @@ def test_a_training_step_never_holds_the_logits(data, level, frozen, tied):
     """N * V = 24 million here; the largest tensor of update(), reference model and backward included, is a chunk of a million, or the head."""
     torch.manual_seed(0)
     V, N, T = 16_000, 24, 64
-    net = lambda: AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                                                               tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    net = lambda: AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                               num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None))
     model, reference = net(), net().requires_grad_(False)
     model.get_output_embeddings().weight.requires_grad_(not frozen)
     rollout = Rollout(torch.randint(V, (N, T)), torch.full((N,), T), torch.full((N, T), -9.7), torch.ones(N, dtype=torch.bool), torch.zeros(N, T))
@@ -207,7 +207,8 @@ def test_checkpoint_brings_the_optimiser_back(tmp_path):
 
 def test_the_exported_model_is_a_hugging_face_checkpoint(straight):
     model = AutoModelForCausalLM.from_pretrained(straight / "model")
-    done = subprocess.run([sys.executable, "checkpoint.py", str(straight / "checkpoints" / "step_000004"), "--out", str(straight / "exported")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "checkpoint.py", str(straight / "checkpoints" / "step_000004"), "--out", str(straight / "exported")], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ours, _ = load_model(straight / "exported")
     x = torch.arange(300, 330)[None]
@@ -215,8 +216,11 @@ def test_the_exported_model_is_a_hugging_face_checkpoint(straight):
 
 
 @pytest.mark.parametrize("flags,says", [
-    (["--stepz", "3"], "--stepz"), (["--preset", "huge"], "choose one of"), (["--preset", "paper-gsrm", "--dry_run"], "python sft.py --preset paper-gsrm"), (["--group_size", "1"], "use 2 or more"), (["--combine", "product"], "--combine product"),
-    (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--top_p", "0.9"], "log-probs would not be the trainer's"), (["--w_structure", "0", "--w_outcome", "0", "--w_format", "0"], "at least one reward"), (["--preset", "none"], "--model is needed"), (["--lr", "fast"], "--lr")])
+    (["--stepz", "3"], "--stepz"), (["--preset", "huge"], "choose one of"), (["--preset", "paper-gsrm", "--dry_run"], "python sft.py --preset paper-gsrm"),
+    (["--group_size", "1"], "use 2 or more"), (["--combine", "product"], "--combine product"),
+    (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--top_p", "0.9"], "log-probs would not be the trainer's"),
+    (["--w_structure", "0", "--w_outcome", "0", "--w_format", "0"], "at least one reward"),
+    (["--preset", "none"], "--model is needed"), (["--lr", "fast"], "--lr")])
 def test_bad_flags_end_with_one_line_that_says_what_to_change(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_config(flags)

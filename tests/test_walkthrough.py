@@ -45,7 +45,7 @@ def value(number: str) -> float:
 def slack(part: int, number: str) -> float:
     """How far another machine may be from a committed number: whole numbers are the same, of others the last digit that is printed may be another."""
     if part in TRAINED:
-        return 0.15 if part == TRAINED[-1] else math.inf                # means over ten steps; single steps and samples go their own way, test_fifty_steps_... looks at what they come to
+        return 0.15 if part == TRAINED[-1] else math.inf        # means over ten steps; single steps and samples go their own way, test_fifty_steps_... looks at what they come to
     if part == ROUNDING:
         return max(abs(value(number)), 2e-2)
     digits = len(number.partition(".")[2])
@@ -72,7 +72,8 @@ def executed(tmp_path_factory):
             cell.source, cell.outputs = cell.source.replace('Path("out/walkthrough")', f"Path({str(out)!r})"), []
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])                     # of children that have ended: time on a busy machine says nothing
     before = used()
-    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}, coalesce_streams=True).execute()        # an error in a cell raises
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}},
+                            coalesce_streams=True).execute()           # an error in a cell raises
     return notebook, used() - before, files().items() ^ there.items()
 
 

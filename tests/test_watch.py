@@ -12,7 +12,8 @@ import update
 import watch
 from data import file_hash, load_model
 
-FINE = {"entropy": 0.3, "num_tokens": 100, "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.2, "sampling/sampling_logp_difference/max": 1e-5, "unscored": 0, "nonfinite": 0.0, "skipped_step": 0.0}
+FINE = {"entropy": 0.3, "num_tokens": 100, "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.2,
+        "sampling/sampling_logp_difference/max": 1e-5, "unscored": 0, "nonfinite": 0.0, "skipped_step": 0.0}
 
 
 @pytest.mark.parametrize("name, metric, at, beyond", [
@@ -27,7 +28,8 @@ def test_each_warning_comes_beyond_its_threshold_and_no_sooner(data, name, metri
 
 def test_thresholds_are_flags_and_a_second_pass_may_drift(data):  # noqa: F811
     loose = config(data, "unused", "--warn_entropy", "0", "--warn_truncated", "1", "--warn_spreadless", "1", "--warn_unscored", "1", "--updates_per_batch", "2")
-    assert watch.warnings(FINE | {"entropy": 0.0, "completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "unscored": 16, "sampling/sampling_logp_difference/max": 9.0}, loose) == {}
+    assert watch.warnings(FINE | {"entropy": 0.0, "completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "unscored": 16,
+                                  "sampling/sampling_logp_difference/max": 9.0}, loose) == {}
 
 
 def test_the_verdict_on_faults():

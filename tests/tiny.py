@@ -43,8 +43,9 @@ def tokenizer(template: str, texts: Iterable[str] = (), size: int = 2000) -> Pre
 def checkpoint(folder: Path, kind: str, tok: PreTrainedTokenizerFast, tied: bool = False, hidden: int = 32, layers: int = 2, positions: int = 2048, spare: int = 37) -> Path:
     """A checkpoint with random weights in `folder`; its embedding has `spare` rows that no token uses, as Qwen's has."""
     torch.manual_seed(0)
-    config = CONFIGS[kind](vocab_size=len(tok) + spare, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
-                           max_position_embeddings=positions, tie_word_embeddings=tied, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    config = CONFIGS[kind](vocab_size=len(tok) + spare, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                           head_dim=hidden // 4, max_position_embeddings=positions, tie_word_embeddings=tied,
+                           bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
