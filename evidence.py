@@ -107,10 +107,11 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
 
 
 def levels_table(runs: Runs, levels: dict[str, str]) -> str:
-    """Base, GRPO, RLKD over the difficulties, and RLKD - GRPO."""
-    lines = [[text, *(cell(values(runs, name, arm, "sampled")) for arm in ("base", "grpo", "rlkd")), cell(gains(runs, name, "rlkd", "grpo", "sampled"), 2, "+")]
-             for name, text in levels.items() if (name, "base") in runs]
-    return table(["people, needed", "base", "grpo", "rlkd", "rlkd - grpo, paired"], lines)
+    """Base, GRPO, RLKD over the difficulties: sampled accuracy and RLKD - GRPO, then what GRPO and RLKD find and how they get there."""
+    both = lambda name, figure: [cell(values(runs, name, arm, figure)) for arm in ("grpo", "rlkd")]
+    lines = [[text, cell(values(runs, name, "base", "sampled")), *both(name, "sampled"), cell(gains(runs, name, "rlkd", "grpo", "sampled"), 2, "+"),
+              *both(name, "found@64"), *both(name, "structure")] for name, text in levels.items() if (name, "base") in runs]
+    return table(["people, needed", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "pass@64 without guesses: grpo", "rlkd", "true structure: grpo", "rlkd"], lines)
 
 # ------------------------------------------------------------------------------------------------ pictures
 
@@ -204,7 +205,9 @@ def draw_levels(runs: Runs, path: Path) -> None:
             axes.errorbar(base.mean(), mean, yerr=mean - low if np.isfinite(low) else None, marker="o", color=COLORS["rlkd"], capsize=3)
             axes.annotate(regime, (base.mean(), mean), textcoords="offset points", xytext=(7, 5), fontsize=9)
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="accuracy of the base, sampled", ylabel="accuracy of RLKD - accuracy of GRPO", xlim=(0, 1))
+    axes.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO", xlim=(0.08, 1.5), xscale="log")
+    axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1.0], map(str, ticks))
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
