@@ -206,7 +206,7 @@ def draw_levels(runs: Runs, path: Path) -> None:
             axes.annotate(regime, (base.mean(), mean), textcoords="offset points", xytext=(7, 5), fontsize=9)
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO", xlim=(0.08, 1.5), xscale="log")
-    axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1.0], map(str, ticks))
+    axes.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1.0"])
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
