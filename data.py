@@ -161,7 +161,7 @@ class Tokenizer(Protocol):
 @cache
 def compiled(chat_template: str) -> Template:
     """Once per template: a millisecond, which would else be paid for every prompt and every trace that GSRM reads."""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(chat_template)
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template)
 
 
 class TiktokenTokenizer:
@@ -271,11 +271,9 @@ def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[
         raise ValueError(NO_EOS)
     return stops, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
 
-
-NO_EOS = "the tokenizer has no token that ends a text: set eos_token in its tokenizer_config.json"
-
 # ------------------------------------------------------------------------------------------------ prompts and completions
 
+NO_EOS = "the tokenizer has no token that ends a text: set eos_token in its tokenizer_config.json"
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}Assistant: <think>\n"   # for a base model without one
 
@@ -284,7 +282,8 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template else compiled(PLAIN_TEMPLATE).render(messages=messages)
+    text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
+            else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                      # jinja drops a template's last line end
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 

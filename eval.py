@@ -15,7 +15,6 @@ drawn again alone: `Sampler.generate([prompt], sample + 1, ..., seed=seed, index
 None = could not be graded; None never becomes 0).
 """
 import hashlib
-import importlib
 import importlib.util
 import json
 import platform
@@ -75,8 +74,8 @@ def scored_rows(tokenizer: Tokenizer, problems: list[Problem], index: list[int],
     of_row, texts = [p for p in problems for _ in range(k)], whole_turns(tokenizer, [ids for ids, _ in drawn])
     right, true = grade_all(texts, [p.answer for p in of_row]), true_structure(truth, of_row, texts)
     taught = [n for n, p in enumerate(of_row) if p.teachers] if gsrm else []
-    asked = zip(*((of_row[n].problem, split_completion(texts[n])[0], list(of_row[n].teachers)) for n in taught))
-    scores = dict(zip(taught, gsrm(*map(list, asked)))) if taught else {}
+    scores = dict(zip(taught, gsrm([of_row[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught],
+                                   [list(of_row[n].teachers) for n in taught]))) if taught else {}
     return [{"id": p.id, "index": index[n // k], "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "gold": p.answer,
              "length": len(drawn[n][0]), "stop": "stop" if drawn[n][1] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
              "left_at": scores[n].left_at if n in scores else None, "choices": scores[n].choices if n in scores else None, "text": texts[n], "problem": p.problem,
@@ -126,7 +125,7 @@ class Config:
 
 def check(config: Config) -> None:
     """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
-    for name, fine, wanted in (("k", config.k >= 1, "at least one sample per problem"), ("temperature", config.temperature >= 0, "0 (greedy) or above"),
+    for name, fine, wanted in (("k", config.k >= 1, "at least one sample per problem"), ("temperature", 0 <= config.temperature < np.inf, "0 (greedy) or above"),
                                ("top_p", 0 < config.top_p <= 1, "above 0, at most 1"), ("max_new_tokens", config.max_new_tokens >= 1, "at least 1"),
                                ("limit", config.limit >= 0, "0 (all) or above"), ("gsrm_max_new_tokens", config.gsrm_max_new_tokens >= 1, "at least 1"),
                                ("seed", config.seed >= 0, "0 or above"), ("engine", config.engine in ("own", "vllm"), "own, or vllm (pip install vllm)"),

@@ -72,7 +72,7 @@ def cell(sample: np.ndarray, digits: int = 2, sign: str = "") -> str:
     if not len(sample):
         return ""
     mean, _, low, _ = mean_interval(sample)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {mean - low:.{digits}f}" if np.isfinite(low) else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {mean - low:.{digits}f}" if np.isfinite(low) and sample.std() else "")          # alike for all seeds: there is no spread to tell
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -82,7 +82,9 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def arms_table(runs: Runs, regime: str, arms: list[str], metrics: dict[str, str]) -> str:
     """An arm a line: seeds, and every figure with its interval."""
-    figures = lambda arm: [cell(values(runs, regime, arm, name), DIGITS.get(name.split()[-1], 2)) for name in metrics]
+    def figures(arm: str) -> list[str]:
+        samples = [(values(runs, regime, arm, name), DIGITS.get(name.split()[-1], 2)) for name in metrics]
+        return [cell(sample, digits) + f" ({len(sample)} seeds)" * (0 < len(sample) < len(runs[regime, arm])) for sample, digits in samples]
     return table(["arm", "seeds", *metrics.values()], [[arm, str(len(runs[regime, arm])), *figures(arm)] for arm in arms if (regime, arm) in runs])
 
 
@@ -101,17 +103,18 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
             return "not run"
         _, _, low, high = mean_interval(sample)
         word = "**supported**" if low > 0 else "**not supported**" if high < 0 else "undecided"
-        return f"{word}: {cell(sample, DIGITS.get(name, 2), '+')} ({len(sample)} seeds)"
+        return f"{word}: {cell(sample, DIGITS.get(name, 2) + 1, '+')} ({len(sample)} seeds)"
     return table(["claim", "figure", *regimes], [[text, f"{name}, {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
                                                  for text, arm, against, name in claims])
 
 
 def levels_table(runs: Runs, levels: dict[str, str]) -> str:
     """Base, GRPO, RLKD over the difficulties: sampled accuracy and RLKD - GRPO, then what GRPO and RLKD find and how they get there."""
-    both = lambda name, figure: [cell(values(runs, name, arm, figure)) for arm in ("grpo", "rlkd")]
-    lines = [[text, cell(values(runs, name, "base", "sampled")), *both(name, "sampled"), cell(gains(runs, name, "rlkd", "grpo", "sampled"), 2, "+"),
-              *both(name, "found@64"), *both(name, "structure")] for name, text in levels.items() if (name, "base") in runs]
-    return table(["people, needed", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "pass@64 without guesses: grpo", "rlkd", "true structure: grpo", "rlkd"], lines)
+    each = lambda name, figure: [cell(values(runs, name, arm, figure)) for arm in ("base", "grpo", "rlkd")]
+    lines = [[text, str(len(gain := gains(runs, name, "rlkd", "grpo", "sampled"))), *each(name, "sampled"), cell(gain, 2, "+"), *each(name, "found@64"), *each(name, "structure")]
+             for name, text in levels.items() if (name, "base") in runs]
+    return table(["people needed", "seeds", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "pass@64 without guesses: base", "grpo", "rlkd",
+                  "true structure: base", "grpo", "rlkd"], lines)
 
 # ------------------------------------------------------------------------------------------------ pictures
 
@@ -145,7 +148,7 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
 def draw_curves(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str) -> None:
         for arm in [a for a in COLORS if any("curve" in row for row in runs.get((regime, a), {}).values())]:
-            curves = np.array([row["curve"]["outcome"] for row in runs[regime, arm].values()])
+            curves = np.array([row["curve"]["outcome"] for row in runs[regime, arm].values() if "curve" in row])
             band(axes, [10 * i + 5 for i in range(curves.shape[1])], list(curves.T), COLORS[arm], arm)
     side_by_side(path, ("sparse", "dense"), draw, "step", "accuracy of the training rollouts", ylim=(0, 1))
 
@@ -203,9 +206,11 @@ def draw_levels(runs: Runs, path: Path) -> None:
         if len(gain) and len(base):
             mean, _, low, _ = mean_interval(gain)
             axes.errorbar(base.mean(), mean, yerr=mean - low if np.isfinite(low) else None, marker="o", color=COLORS["rlkd"], capsize=3)
-            axes.annotate(regime, (base.mean(), mean), textcoords="offset points", xytext=(7, 5), fontsize=9)
+            side = dict(xytext=(7, 5)) if base.mean() < 0.5 else dict(xytext=(-4, 7), ha="right")
+            axes.annotate(LEVELS[regime], (base.mean(), mean), textcoords="offset points", fontsize=9, **side)
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO", xlim=(0.08, 1.5), xscale="log")
+    axes.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO", title="people needed, of how many",
+             xlim=(0.08, 1.02), xscale="log")
     axes.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1.0"])
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
@@ -220,7 +225,7 @@ PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left":
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice",
            "answer": "answer on the branch", "paths": "right walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
-LEVELS = {"5-people": "5, 2-3", "7-people": "7, 3-4", "dense": "9, 4-6", "sparse": "11, 7-8", "13-people": "13, 9-10"}
+LEVELS = {"5-people": "2-3 of 5", "7-people": "3-4 of 7", "dense": "4-6 of 9", "sparse": "7-8 of 11", "13-people": "9-10 of 13"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse", "sparse", "rlkd", "grpo"), ("RLKD - GRPO where they are dense", "dense", "rlkd", "grpo"),
           ("RLKD - SFT on the same 512 problems, sparse", "sparse", "rlkd", "sft 512"))            # of the README
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
@@ -241,13 +246,15 @@ def blocks(rows: list[dict]) -> dict[str, str]:
         made[f"study-{regime}-rewards"] = against_table(runs, regime, [arm for arm in REWARDS if arm in arms], "rlkd, true structure",
                                                         named("sampled", "greedy", "found@64", "structure", "length"))
         made[f"study-{regime}-reader"] = table(["arm", "seeds", "GSRM's reward - true one", "r of the two"],
-                                               [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
-                                                for arm in mine if len(values(runs, regime, arm, "gap")) and "true" not in arm and arm != "line similarity"])
+                                               [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "reader gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
+                                                for arm in mine if len(values(runs, regime, arm, "reader gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
     made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation, on a machine that did other things too."
+    minutes = lambda *keys: sum(row["seconds"] for key in keys for row in runs[key].values()) / 60
     made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 2, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
-                                      f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`"
-                                      for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled")))
+                                      f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`, "
+                                      f"{minutes((regime, arm), (regime, other)):.0f} minutes of one core"
+                                      for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled"))) or "*no runs yet*"
     made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@64", "structure", "larger", "other"))
     return made
 

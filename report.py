@@ -16,7 +16,7 @@ from command import read_record
 from data import Problem, read_jsonl
 from grade import majority_at_k, mean_interval, paired_bootstrap, pass_at_k
 from gsrm import Score
-from plots import pass_curves, plot
+from plots import pass_curves
 from rollout import Rollout
 
 # ------------------------------------------------------------------------------------------------ a training step
@@ -322,14 +322,13 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
         there = ", ".join(dict.fromkeys(row["id"] for row in kept))[:400]
         raise ValueError(f"{file}: no such completion; problems there: {there}, samples 0 to {max(row['sample'] for row in kept)}")
     if problem is None and sample is None:
-        chosen.sort(key=lambda row: -(row.get("advantage") or row.get("structure") or float(row.get("correct") or 0)))
+        chosen.sort(key=lambda row: -next((float(row[name]) for name in ("advantage", "structure", "correct") if row.get(name) is not None), 0.0))
         chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
     return chosen
 
 
 def print_end(out: Path) -> None:
-    """The end of a run: its curve.png, the table before -> after, one rollout with its steps marked, and the files that it wrote."""
-    plot([str(out)], out / "curve.png")
+    """The table before -> after of a finished run, one rollout with its steps marked, and the files it wrote."""
     if (out / "eval_after.jsonl").exists():
         columns = {}
         for when in ("before", "after"):
@@ -341,6 +340,6 @@ def print_end(out: Path) -> None:
                 columns[when] |= {"r(structure, true_structure)": Interval(*(correlation(sampled),) * 3)} if "true_structure" in columns[when] else {}
         print("\nheld-out problems, mean and 95 % interval (problems as clusters)")
         print_table(columns)
-        best = max(sampled, key=lambda r: (bool(r["correct"]), -abs((r["structure"] or 0) - 0.7)))
-        print(f"\none rollout after training, its steps as GSRM reads them (+ follows the teacher, ~ half right, x off the branch)\n{show(best)}")
+        shown = max(sampled, key=lambda r: (bool(r["correct"]), -abs((r["structure"] or 0) - 0.7)))           # right, and on the branch for most of its way: both marks to be seen
+        print(f"\none rollout after training, its steps as GSRM reads them (+ follows the teacher, ~ half right, x off the branch)\n{show(shown)}")
     print(f"\nwrote {', '.join(sorted(str(p) for p in out.iterdir()))}")

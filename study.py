@@ -136,7 +136,7 @@ def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
     if "rewards/structure/mean" in log[0]:
         last = [{"structure": row["rewards"]["structure"], "true_structure": row["true_structure"]} for _, row in read_jsonl(out / "rollouts.jsonl") if row["step"] > len(log) - 24]
         scored = [row for row in last if row["structure"] is not None]
-        curves |= {"gap": mean(scored, "structure") - mean(scored, "true_structure"), "r": correlation(scored)}
+        curves |= {"reader gap": mean(scored, "structure") - mean(scored, "true_structure"), "r": correlation(scored)}
     return curves
 
 
@@ -154,7 +154,7 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     for command, path in zip(commands, made):
         with _made[path]:
             log = (path.parent if path.name == "model" else path) / "log.txt"
-            if not (path / "model.safetensors").exists() or f"$ {command}\n" not in log.read_text():          # no model, or one of older settings
+            if not (path / "sft.json").exists() or not log.exists() or f"$ {command}\n" not in log.read_text():          # not trained to the end, or by older settings
                 shutil.rmtree(path, ignore_errors=True)
                 log.parent.mkdir(parents=True, exist_ok=True)
                 log.write_text("")
@@ -175,12 +175,14 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
 
 def read_results(path: Path) -> list[dict]:
     """The runs in a results file; ValueError names the line that is none."""
-    rows, wanted = read_jsonl(path), ("regime", "arm", "seed", *NEEDED)
+    rows, wanted, places = read_jsonl(path), ("regime", "arm", "seed", *NEEDED), {}
     for where, row in rows:
         if not isinstance(row, dict) or (missing := next((name for name in wanted if name not in row), None)):
             raise ValueError(f"{where}: no line of a study" + (f", it has no {missing!r}" if isinstance(row, dict) else "") + ": give a file that `python study.py run` wrote")
         if row["regime"] not in REGIMES or row["arm"] not in ARMS:
             raise ValueError(f"{where}: this study has no arm {row['arm']!r} in a regime {row['regime']!r}: was it written by an older study.py?")
+        if (first := places.setdefault((row["regime"], row["arm"], row["seed"]), where)) != where:
+            raise ValueError(f"{where}: the run of {row['arm']!r} in {row['regime']!r} with seed {row['seed']} stands at {first} already: keep one of the two")
     return [row for _, row in rows]
 
 
@@ -238,7 +240,7 @@ def main() -> None:
     if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
         readme = template.parent.parent / "README.md"
         readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), made), encoding="utf-8")
-    print(made["study-short"] + f"\n\nwrote {', '.join(map(str, written))}")
+    print(f"{made['study-short']}\n\n{made['study-quotes']}\n\nwrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 import lora
 import parallel
 import plan
+import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, flag, folder, out_of_range
@@ -130,8 +131,8 @@ PRESETS: dict[str, dict] = {
 }
 # The paper's released code: one epoch of 3.2K problems. Its fourth reward, the tag count (weight 10 beside 15:15:10), is not there. Needs --data and --gsrm, and several cards.
 PRESETS["paper"] = dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", out="out/paper", steps=400, warmup_steps=40, problems_per_step=8, group_size=4, w_outcome=15.0,
-                        w_structure=15.0, w_format=10.0, combine="sum", normalize=False, aggregation="sequence", lr=5e-5, max_grad_norm=0.2, beta=0.04, kl_kind="k3",
-                        clip_low=0.2, clip_high=0.2, temperature=0.7, max_new_tokens=4096, dtype="bfloat16", gradient_checkpointing=True)
+                        w_structure=15.0, w_format=10.0, combine="sum", normalize=False, aggregation="sequence", lr=5e-5, max_grad_norm=0.2, beta=0.04, clip_low=0.2,
+                        clip_high=0.2, temperature=0.7, max_new_tokens=4096, dtype="bfloat16", gradient_checkpointing=True)
 PRESETS["paper-zero"] = PRESETS["paper"] | dict(model="Qwen/Qwen2.5-Math-7B", out="out/paper-zero", max_new_tokens=3072)        # "RLKD-Zero"; of 4096 positions
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -148,24 +149,22 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     if ("--preset", "paper-gsrm") in zip(words := sys.argv if argv is None else argv, words[1:]):
         parser.error("--preset paper-gsrm trains the reward model, not the student: python sft.py --preset paper-gsrm (with --dry_run for its plan)")
-    config = Config(**parser.parse_with(PRESETS, argv))
-    for f in fields(config):
-        if f.name in ("model", "data") and not getattr(config, f.name) and not (config.dry_run and config.model):
-            parser.error(f"--{f.name} is needed{f' by --preset {config.preset}' * (config.preset != 'none')}: {f.metadata['help']}")
-    checks = {name: getattr(config, name) in allowed for name, allowed in CHOICES.items()}
-    checks |= {"group_size": config.group_size >= 2, "top_p": config.top_p == 1, "problems_per_step": config.problems_per_step >= world(),
-               "gsrm": bool(config.gsrm or config.structure_reward or config.dry_run) or not config.w_structure,
-               "w_structure": any((config.w_structure, config.w_outcome, config.w_format, config.teacher and config.teacher_kl))}
+    c = Config(**parser.parse_with(PRESETS, argv))
+    if f := next((f for f in fields(c) if f.name in ("model", "data") and not getattr(c, f.name) and not (c.dry_run and c.model)), None):
+        parser.error(f"--{f.name} is needed{f' by --preset {c.preset}' * (c.preset != 'none')}: {f.metadata['help']}")
+    checks = {name: getattr(c, name) in allowed for name, allowed in CHOICES.items()}
+    checks |= {"group_size": c.group_size >= 2, "top_p": c.top_p == 1, "w_structure": any((c.w_structure, c.w_outcome, c.w_format, c.teacher and c.teacher_kl)),
+               "problems_per_step": c.problems_per_step >= world(), "gsrm": bool(c.gsrm or c.structure_reward or c.dry_run) or not c.w_structure}
     hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
              "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or a --teacher)"}
-    wrong, wanted = out_of_range(asdict(config), RANGES)
+    wrong, wanted = out_of_range(asdict(c), RANGES)
     if wrong:
         checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
-    if config.log_to and checks["log_to"] and not importlib.util.find_spec(config.log_to):
-        checks["log_to"], hints["log_to"] = False, f"pip install {config.log_to}, or leave the flag out (log.jsonl has every figure)"
+    if c.log_to and checks["log_to"] and not importlib.util.find_spec(c.log_to):
+        checks["log_to"], hints["log_to"] = False, f"pip install {c.log_to}, or leave the flag out (log.jsonl has every figure)"
     if name := next((name for name, fine in checks.items() if not fine), None):
-        parser.error(f"--{name} {getattr(config, name)}: {hints.get(name, Config.__dataclass_fields__[name].metadata['help'])}")
-    return config
+        parser.error(f"--{name} {getattr(c, name)}: {hints.get(name, Config.__dataclass_fields__[name].metadata['help'])}")
+    return c
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -247,8 +246,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     if run.gsrm:                                          # what scoring cost: like the times, it depends on what the caches already held
         metrics |= {f"time/gsrm/{name}": value for name, value in run.gsrm.stats.items()}
         run.gsrm.stats.clear()
-    if said := warnings(metrics, config):
-        metrics["warnings"] = said
+    metrics |= {"warnings": said} if (said := warnings(metrics, config)) else {}
     return metrics, table, [rollout.completion(n) for n in range(len(rows))]
 
 
@@ -289,7 +287,8 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                     good = newest_of_all(out / "checkpoints")[0]
                     if verdict == "stop" or good is None:
                         again = ", again after going back to a checkpoint" * (verdict == "stop")
-                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: lower --lr, or look at {out / 'faults'}")
+                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: "
+                                                 f"lower --lr, look at {out / 'faults'}, or at the data of those steps")
                     load_checkpoint(good, run.model, run.optimizer)
                     if rank() == 0:
                         print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
@@ -313,7 +312,7 @@ def main(config: Config) -> None:
         say(f"passed over {why}", flush=True)
     folder(out)
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
-    say(f"P x G = {(P := config.problems_per_step)} x {(G := config.group_size)} = {P * G} rollouts a step, {config.steps} steps, {world()} process(es)", flush=True)
+    say(f"{config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} processes", flush=True)
     run = set_up(config, out)
     check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
@@ -333,6 +332,7 @@ def main(config: Config) -> None:
     whole = parallel.whole_state(run.model)
     if rank() == 0:
         (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
+        plots.plot([str(out)], out / "curve.png")
     if run.held_out:
         measure(run, out / "eval_after.jsonl")
     if rank() == 0:

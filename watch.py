@@ -55,7 +55,7 @@ def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
         said["unscored"] = (f"{m['unscored']:.0f} of {rows} completions have no reward (--warn_unscored {config.warn_unscored}): the reward model or the grader failed, see "
                             "time/gsrm/* in log.jsonl; they are left out, not counted as 0")
     if m["nonfinite"]:
-        said["nonfinite"] = "loss or gradient is not finite: the step was skipped on every process, its batch is in faults/"
+        said["nonfinite"] = "loss or gradient is not finite: the update was skipped on every process, its batch is in faults/"
     return said
 
 

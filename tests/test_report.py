@@ -202,6 +202,9 @@ def test_rollouts_of_a_step_are_chosen_and_shown(tmp_path):
     pick = lambda *args: [(r["step"], r["id"], r["sample"]) for r in report.rows_to_show(tmp_path, *args)]
     assert pick(None, None, None) == [(2, "e", 1), (2, "c", 0), (2, "a", 0)] and pick(1, None, None) == [(1, "e", 1), (1, "c", 0), (1, "a", 0)]
     assert pick(1, "b", None) == [(1, "b", 0), (1, "b", 1)] and pick(None, "b", 1) == [(2, "b", 1)]
+    evaluated = [row(name, right, structure=structure) for name, right, structure in (("a", True, 0.0), ("b", False, 0.9), ("c", True, 0.5), ("d", False, None))]
+    write_jsonl(tmp_path / "eval.jsonl", evaluated)                         # without advantages: by structure, 0 among them, then by right and wrong
+    assert [r["id"] for r in report.rows_to_show(tmp_path / "eval.jsonl", None, None, None)] == ["b", "a", "d"]
     text = report.show(report.rows_to_show(tmp_path, None, "b", 1)[0])
     assert text.startswith("step 2 problem b sample 1") and "structure 0.50, outcome unscored, advantage -1.90, cut off at the limit, 150 tokens, gold answer 1" in text
     with (tmp_path / "rollouts.jsonl").open("a") as file:

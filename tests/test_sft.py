@@ -367,7 +367,7 @@ GSRM_PAIR = {"prompt": decompose_prompt("1+1+1?", "1+1 is 2, and 1 more is 3."),
 
 @pytest.mark.parametrize("template", [TOKENIZER.spec["chat_template"], "<|im_end|>{{ messages[0].content }}<think>\n"])
 def test_a_gsrm_is_trained_on_the_very_prompt_that_scoring_sends(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids for ids, through eval.load_gsrm, TextModel and the sampler on one side and a file of pairs on the other; hostile text included. And the target is what it would write."""
+    """Ids for ids, through scorer.load_gsrm, TextModel and the sampler on one side and a file of pairs on the other; hostile text included. The target is what it would write."""
     tokenizer = TiktokenTokenizer({**TOKENIZER.spec, "chat_template": template})
     tiny().save_pretrained(tmp_path / "gsrm")
     tokenizer.save_pretrained(tmp_path / "gsrm")

@@ -23,7 +23,7 @@ PARSE = {"train.py": train.parse_config, "sft.py": lambda f: HfArgumentParser(sf
 def row(regime, arm, seed, value, **more):
     plain = dict.fromkeys(study.NEEDED, value) | {f"found@{2**i}": value for i in range(7)} | {"larger structure": value, "other structure": value}
     return plain | {"regime": regime, "arm": arm, "seed": seed, "length": 100 * value, "paths": 10 * value, "left": [value, 0.1], "never left": 0.2, "seconds": 36, "commands": [],
-                    "curve": {"outcome": [value / 2, value]}, "gap": 0.01 * seed, "r": 0.9} | more
+                    "curve": {"outcome": [value / 2, value]}, "reader gap": 0.01 * seed, "r": 0.9} | more
 
 
 def rows(regime="sparse"):
@@ -67,12 +67,12 @@ def test_the_tables_are_those_of_the_results():
     assert grpo == f"| grpo | 3 | 0.11 ± {half((0.10, 0.12, 0.11)):.2f} | 11 ± {100 * half((0.10, 0.12, 0.11)):.0f} |"
     against = evidence.against_table(runs, "sparse", ["grpo", "rlkd"], "grpo", {"sampled": "sampled"}).splitlines()
     assert against[2:] == [f"| rlkd | 3 | +0.44 ± {half(gains):.2f} |"]
-    claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "gap"), ("none", "rlkd", "base", "sampled"))
+    claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "reader gap"), ("none", "rlkd", "base", "sampled"))
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
-    assert words == [f"**supported**: +0.44 ± {half(gains):.2f} (3 seeds)", f"**not supported**: -0.44 ± {half(gains):.2f} (3 seeds)",
-                     "undecided: +0.00 ± 0.00 (3 seeds)", "not run"]
+    assert words == [f"**supported**: +0.440 ± {half(gains):.3f} (3 seeds)", f"**not supported**: -0.440 ± {half(gains):.3f} (3 seeds)",
+                     "undecided: +0.000 (3 seeds)", "not run"]                       # alike for all seeds: no interval
     levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
-    assert len(levels) == 3 and levels[2].startswith("| 7, 3-4 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
+    assert len(levels) == 3 and levels[2].startswith("| 3-4 of 7 | 3 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
 
 
 def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path, monkeypatch, capsys):
@@ -87,6 +87,9 @@ def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path,
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="(?s)eval.py --model nowhere.*ended with status"):
         study.run("python eval.py --model nowhere --data nowhere", 1, Path(tmp_path) / "log.txt")
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*rows(), rows()[2])))
+    with pytest.raises(ValueError, match=r"study.jsonl:7: the run of 'grpo' in 'sparse' with seed 2 stands at .*study.jsonl:3 already"):
+        study.read_results(file)
     for line, says in (('{"regime": "sparse"}', "no 'arm'"), ("3", "no line of a study"), (json.dumps(rows()[0] | {"arm": "magic"}), "no arm 'magic'")):
         file.write_text(line + "\n")
         with pytest.raises(ValueError, match=rf"study.jsonl:1.*{says}"):
@@ -129,7 +132,7 @@ def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
     got = study.training(tmp_path)
     assert (got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4)
-            and got["gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0))
+            and got["reader gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0))
     assert study.training(tmp_path / "no run") == {}
 
 
@@ -172,7 +175,7 @@ def test_an_sft_model_serves_other_arms_until_its_command_changes(tmp_path, monk
     def run(command, threads, log):
         ran.append(command)
         out = Path(command.split("--out ")[1].split()[0])
-        out = out / "model.safetensors" if out.name == "model" else out / "log.jsonl" if out.suffix == "" else out
+        out = out / "sft.json" if out.name == "model" else out / "log.jsonl" if out.suffix == "" else out
         out.parent.mkdir(parents=True, exist_ok=True)
         out.touch()
         with log.open("a") as file:
@@ -190,6 +193,10 @@ def test_an_sft_model_serves_other_arms_until_its_command_changes(tmp_path, monk
     assert trained() == ["sft.py", "train.py", "sft.py"] and "--epochs 3 " in ran[-4]
     study.one("sparse", "sft 512 -> rlkd", 0, tmp_path, 1)                            # which wants the one of 30 epochs
     assert trained()[3:] == ["sft.py", "train.py"]
+    model = tmp_path / "sparse/sft_512/seed0/model"
+    (model / "sft.json").rename(model / "model.safetensors")                          # killed after its first good epoch: sft.json is written last
+    study.one("sparse", "sft 512 -> rlkd", 0, tmp_path, 1)
+    assert trained()[5:] == ["sft.py", "train.py"]
 
 
 def test_flags_beside_quick_count(tmp_path, monkeypatch, capsys):
