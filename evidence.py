@@ -44,6 +44,7 @@ BEYOND = (   # what we added or asked
     ("GDPO beats the plain sum of the rewards", "rlkd, true structure", "plain sum", "sampled"),
     ("The structure reward over the teacher's number of steps beats the raw sum (both in a plain sum)", "plain sum", "plain sum of raw", "sampled"),
     ("RLKD beats on-policy distillation from an SFT teacher model", "rlkd", "distillation", "sampled"),
+    ("... and on-policy distillation of a student that SFT has taught the teacher's voice", "rlkd", "sft 512 -> distillation", "sampled"),
     ("RLKD beats GRPO with that distillation", "rlkd", "grpo + distillation", "sampled"),
     ("GRPO finds more different right walks than RLKD", "grpo", "rlkd", "paths"),
 )
@@ -179,7 +180,7 @@ def draw_pass(runs: Runs, path: Path) -> None:
 def draw_left(runs: Runs, path: Path) -> None:
     """Where students leave every teacher branch: an arm a line, a step a column."""
     plt, regimes = pictures(), ("sparse", "dense")
-    shown = {*COLORS, "sft 512 -> grpo", "sft 512 -> rlkd", "distillation", "line similarity"}
+    shown = {*COLORS, "sft 512 -> grpo", "sft 512 -> rlkd", "sft 512 -> distillation", "line similarity"}
     arms = {regime: [arm for r, arm in runs if r == regime and arm in shown] for regime in regimes}
     figure, grid = plt.subplots(1, 2, figsize=(11, 0.9 + 0.36 * max(map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):

@@ -50,12 +50,14 @@ EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/g
 SFTS = {n: SFT.format(n=n, epochs=epochs) for n, epochs in EPOCHS.items()}
 FROM_SFT, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
 TRUE = TRAIN + " --gsrm toy:read"                         # the world's own reader as reward model: what differs between such arms is not the reading
+DISTIL = TRAIN + TEACHER + " --w_structure 0 --w_outcome 0 --w_format 0 --beta 0"
 ARMS: dict[str, list[str]] = {                            # name -> commands; the student is what the last one wrote, without one the base
     "base": [], "grpo": [TRAIN + " --w_structure 0"], "rlkd": [TRAIN], **{f"sft {n}": [command] for n, command in SFTS.items()},
     "structure only": [TRAIN + " --w_outcome 0"], "rlkd, true structure": [TRUE], "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
     "sft 512 -> grpo": [SFTS[512], TRAIN + FROM_SFT + " --w_structure 0"], "sft 512 -> rlkd": [SFTS[512], TRAIN + FROM_SFT],
     "line similarity": [TRAIN + " --structure_reward reward:line_similarity"],
-    "distillation": [SFTS[8192], TRAIN + TEACHER + " --w_structure 0 --w_outcome 0 --w_format 0 --beta 0"],                   # on-policy, exact reverse KL
+    "distillation": [SFTS[8192], DISTIL],                                                                                    # on-policy, exact reverse KL
+    "sft 512 -> distillation": [SFTS[512], SFTS[8192], DISTIL + FROM_SFT],                                                   # where both speak one voice
     "grpo + distillation": [SFTS[8192], TRAIN + TEACHER + " --w_structure 0 --teacher_kl 0.1"],                              # in the manner of KDRL
     **{f"rlkd, {n} problems": [TRAIN.replace("--limit 512", f"--limit {n}")] for n in (8, 32, 128)},
     **{f"structure : outcome {name}": [TRUE + f" --w_outcome {w}"] for name, w in (("1/4", 4), ("1/2", 2), ("1", 1), ("2", 0.5))},           # 4 is the preset's, w_outcome 0.25
