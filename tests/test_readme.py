@@ -25,7 +25,7 @@ MADE_SMALL = {   # command, up to where it is told apart -> what is put behind i
     "python eval.py rescore": "FILE.jsonl -> out/toy/eval_after.jsonl", "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1",
     "python eval.py show out/toy/eval_after": "--problem 11-78-2-18 --sample 3 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
     "python checkpoint.py": "step_000200 -> step_000002", "torchrun --nproc_per_node 2": "--steps 5 -> " + SMALL,
-    "python study.py report": "", "python train.py": SMALL,
+    "python bench.py rollout": "--model toy --rows 8 --max_new_tokens 9 --rounds 1", "python study.py report": "", "python train.py": SMALL,
 }
 MISSING = {   # these end with one line that names what is not here
     "python data.py convert": r"data/math500.jsonl|hub|datasets", "python gsrm.py annotate": r"data/openr1.jsonl",
@@ -33,8 +33,7 @@ MISSING = {   # these end with one line that names what is not here
     "python train.py --preset": r"data/openr1.jsonl|Qwen/|out/gsrm", "torchrun --nproc_per_node 8": r"data/openr1.jsonl|deepseek|out/gsrm",
     "python eval.py --model": r"data/math500.jsonl|Qwen|out/rlkd", "python eval.py compare out/before": r"out/before.jsonl",
 }
-ELSEWHERE = {"python bench.py rollout": "minutes; tests/test_bench.py runs it small",
-             "pip install": "the test run itself begins with it", "python -m pytest": "this is it",
+ELSEWHERE = {"pip install": "the test run itself begins with it", "python -m pytest": "this is it",
              "python toy.py": "half an hour; tests/test_toy.py trains its parts for a few steps",
              "python study.py --quick": "half an hour; tests/test_study.py", "torchrun --nnodes 2": "wants two machines"}
 
