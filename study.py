@@ -105,23 +105,23 @@ def found(row: dict) -> bool:
     return bool(row["correct"] and last[1] == f"{target[1] or target[2]} makes what" and last[2] == row["answer"])
 
 
-def measures(rows: list[dict], greedy: list[dict]) -> dict[str, float]:
-    """The study's measures of one student on one set of problems: k samples of each, and a greedy one."""
-    means, (branch, _), groups = summary(rows), structure_report(rows), list(by_problem(rows).values())
+def measures(rows: list[dict], greedy: list[dict]) -> tuple[dict[str, float], list[dict]]:
+    """The study's measures of one student on one set of problems, k samples of each and a greedy one; and structure_report's steps."""
+    means, (branch, steps), groups = summary(rows), structure_report(rows), list(by_problem(rows).values())
     k, walks = len(groups[0]), [[tuple((meta, query) for meta, query, *_ in row["steps"]) for row in group if found(row)] for group in groups]          # right ones of each problem
     return {"greedy": summary(greedy)["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")},
             **{f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())},
             "structure": means["structure"][0], "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0],
-            "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}
+            "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}, steps
 
 
 def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> dict[str, float | list[float]]:
     """The measures on problems as trained (`sampled`), on the two other sets (in `transfer`; named "larger" for its sampled accuracy, "larger choice" and so on), greedy ones
     of all three in `greedy`; and where students leave the teacher's branch."""
     of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
-    out, steps = measures(sampled, of(greedy, "test")), structure_report(sampled)[1]
+    out, steps = measures(sampled, of(greedy, "test"))
     for name in ("larger", "other"):
-        out |= {name if m == "sampled" else f"{name} {m}": value for m, value in measures(of(transfer, name), of(greedy, name)).items()}
+        out |= {name if m == "sampled" else f"{name} {m}": value for m, value in measures(of(transfer, name), of(greedy, name))[0].items()}
     never = sum(r["left_at"] is None and bool(r["steps"]) for r in sampled)
     return out | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": never / len(sampled)}
 
