@@ -13,8 +13,10 @@ CPU, and graphs as tapes of the step's operations; no GPU has run them yet, so `
 Left out on purpose: paged caches; one prompt's keys read once for its whole group; waiting prompts in the places of finished rows. Since finished rows leave, a wave
 wastes no row's work, only the fixed part of its tail's steps; rows of several ages, padded to one width, would cost more than that (docs/bench.md has the figures).
 """
+import inspect
 import warnings
 from collections.abc import Callable
+from functools import cache as once
 
 import numpy as np
 import torch
@@ -79,6 +81,12 @@ class RoomyLayer(DynamicLayer):
             super().batch_select_indices(indices)
 
 
+@once
+def cache_argument(model: type[PreTrainedModel]) -> str:
+    """What a model's forward calls its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int, max_tokens: int = 32768) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of rows (prompt number, prompt, uniform numbers): KV cache of the left-padded prompts, each prompt once (P rows), and which of them a row has (N,); of the
     rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,). Forwards of at most
@@ -92,8 +100,8 @@ def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int, max_toke
     for part in torch.arange(len(prompts)).split(max(1, max_tokens // width)):
         caches.append(DynamicCache(config=model.config))
         caches[-1].layers = [RoomyLayer() for _ in caches[-1].layers]
-        logits.append(model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), past_key_values=caches[-1], use_cache=True,
-                            logits_to_keep=1).logits[:, -1])
+        logits.append(model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1,
+                            **{cache_argument(type(model)): caches[-1]}).logits[:, -1])
     for first, *others in zip(*(cache.layers for cache in caches)):
         first.append(others)
     readable = torch.cat((real.bool(), real.new_ones(len(prompts), room, dtype=torch.bool)), 1)
@@ -135,8 +143,8 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
             running = ~finished[live]
             going = live[running]
         if t + 1 < max_new:
-            out = model(input_ids=token[:, None], past_key_values=cache, use_cache=True, position_ids=position[:, None] + t, attention_mask=mask[..., : start + t + 1])
-            logits = out.logits[:, -1]
+            logits = model(input_ids=token[:, None], use_cache=True, position_ids=position[:, None] + t, attention_mask=mask[..., : start + t + 1],
+                           **{cache_argument(type(model)): cache}).logits[:, -1]
     for row in (~finished).nonzero()[:, 0].tolist():                                                        # cut off by max_new
         ended(row, tokens[row])
     return tokens[:, :T], logps[:, :T], entropies[:, :T], lengths, finished
@@ -222,7 +230,8 @@ class StaticDecoder:
         cache = DynamicCache()
         cache.layers, cache.layer_class_to_replicate = [PlacedLayer(keys[:r, :, :l], values[:r, :, :l], self.slot) for keys, values in self.room], None
         mask = torch.where(self.readable[:r, ..., :l] & (self.places[:l] <= self.slot), self.seen, self.hidden)        # (r, 1, 1, l), to be added
-        logits = self.model(input_ids=self.token[:r], past_key_values=cache, use_cache=True, position_ids=self.position[:r], attention_mask=mask).logits[:, -1]
+        logits = self.model(input_ids=self.token[:r], use_cache=True, position_ids=self.position[:r], attention_mask=mask,
+                            **{cache_argument(type(self.model)): cache}).logits[:, -1]
         self.position[:r] += 1
         self.slot += 1
         self.keep(r, logits)

@@ -31,6 +31,7 @@ from command import Parser, at_least, ending, folder
 from data import append_jsonl, read_jsonl
 from grade import pass_at_k
 from report import by_problem, correlation, structure_report, summary
+from watch import machine
 
 ROOM = 200                                                # tokens of a completion in training: the longest walk in the teacher's wordy voice fits
 SETS = {"test": 12, "larger": 13, "other": 15}            # held-out sets by the seed of their problems: as trained, more people and deeper, a wording never seen
@@ -172,7 +173,7 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     short = lambda value: [round(v, 4) for v in value] if isinstance(value, list) else value if not isinstance(value, float) else round(value, 5) if math.isfinite(value) else None
     measured = {name: short(value) for name, value in measured.items()}
-    return {"regime": regime, "arm": arm, "seed": seed, **measured, "seconds": round(time.time() - started), "commands": commands + evals}
+    return {"regime": regime, "arm": arm, "seed": seed, **measured, "seconds": round(time.time() - started), "machine": machine(), "commands": commands + evals}
 
 
 def read_results(path: Path) -> list[dict]:

@@ -6,13 +6,14 @@ Nothing here changes a figure of the training: a run with every warning silenced
 """
 import json
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,6 +122,16 @@ def peak_gigabytes(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def machine() -> str:
+    """The GPU's name, without one the processor's (processors round differently, and a run follows its rounding)."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with suppress(OSError):                                  # Linux; the name that platform gives there is only x86_64
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def run_record(config: object, data: dict[str, str], template: str) -> dict:
     """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files and of the chat template."""
     here = Path(__file__).resolve().parent
@@ -136,7 +147,7 @@ def run_record(config: object, data: dict[str, str], template: str) -> dict:
     except FileNotFoundError:                                # no git here
         commit = ""
     return {"config": asdict(config), "command": sys.argv, "processes": world(), "versions": versions, "python": platform.python_version(), "commit": commit or None,
-            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(), "data": data, "chat_template": template}
+            "machine": machine(), "data": data, "chat_template": template}
 
 
 def tracker(name: str, out: Path, config: object) -> Callable[[dict[str, float]], None]:
