@@ -12,21 +12,20 @@ What is gold: with --truth the world's true steps, compared in all three fields,
 "sub-question ** solution" a step) the human steps, which have no meta: a step is a hit if its answer is the same value, or, stricter, if its query shares half of
 the words too. Without either: no gold; what needs none is still reported. Steps are counted as the reward sees them, after the faithfulness guard.
 """
-import argparse
 import json
 import random
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from command import Parser, ending, folder
+from command import ConfigParser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
-from eval import check, evaluate
+from eval import evaluate
 from gsrm import GSRM, KINDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
 from scorer import find_function, load_function, load_gsrm
@@ -191,6 +190,26 @@ def attacking(gsrm: GSRM, truth: Callable[[str], list[Step]] | None, problems: l
 
 # ------------------------------------------------------------------------------------------------ the command
 
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python gsrm.py eval`."""
+    data: str = flag("", "problems with teacher traces (JSONL, or a folder with test.jsonl), or GSM8K's socratic file; may also stand first, without --data")
+    gsrm: str = flag("", "reward model: checkpoint folder, URL#MODEL or module:function")
+    judge: str = flag("", "its judge, if another one")
+    truth: str = flag("", "module:function that reads a trace's true steps")
+    pairs: str = flag("", "module:function that draws (prompt of the judge, yes or no)")
+    model: str = flag("", "a student, whose samples are read and attacked too")
+    limit: int = flag(0, "only the first so many problems (0: all)", "[0, inf)")
+    k: int = flag(4, "samples of the student per problem", "[1, inf)")
+    temperature: float = flag(1.0, "of the samples", "[0, inf)")
+    top_p: float = flag(1.0, "of the samples", "(0, 1]")
+    max_new_tokens: int = flag(4096, "of a sample", "[1, inf)")
+    gsrm_max_new_tokens: int = flag(2048, "of a written structure", "[1, inf)")
+    seed: int = flag(0, "of the samples", "[0, inf)")
+    out: str = flag("", "JSON file for all figures")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+
+
 LEGEND = {
     "reading": """  precision: share of the steps it wrote that are true ones; recall: share of the true steps that it wrote; exact: traces with all steps right, in order
   length_ratio: steps written / true steps; unread: traces it could not read; faithful: share of its steps whose answer occurs in the trace (others are dropped)""",
@@ -241,7 +260,7 @@ def full_card(gsrm: GSRM, problems: list[Problem], samples: list[tuple[int, str]
     return {"reading": reading, "judge": judge, "attacks": attacks, "r": None if r != r else r}
 
 
-def student_samples(args: argparse.Namespace, problems: list[Problem]) -> list[tuple[int, str]]:
+def student_samples(args: Config, problems: list[Problem]) -> list[tuple[int, str]]:
     """(number of its problem, thinking) of the student's samples."""
     model, tokenizer = load_model(args.model, args.device)
     room = getattr(model.config, "max_position_embeddings", 1 << 30) - max(len(problem_ids(tokenizer, p)) for p in problems)
@@ -257,23 +276,15 @@ def main(argv: list[str]) -> None:
     if argv[:1] != ["eval"]:
         sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or "
                  "python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
-    parser = Parser(prog="python gsrm.py eval", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("data", nargs="?", help="problems with teacher traces (JSONL, or a folder with test.jsonl), or GSM8K's socratic file")
-    parser.add_argument("--data", dest="data_flag", help="the same as a flag")
-    for name, default, text in (("gsrm", "", "reward model: checkpoint folder, URL#MODEL or module:function"), ("judge", "", "its judge, if another one"),
-                                ("truth", "", "module:function that reads a trace's true steps"), ("pairs", "", "module:function that draws (prompt of the judge, yes or no)"),
-                                ("model", "", "a student, whose samples are read and attacked too"), ("limit", 0, "only the first so many problems (0: all)"),
-                                ("k", 4, "samples of the student per problem"), ("temperature", 1.0, "of the samples"), ("top_p", 1.0, "of the samples"),
-                                ("max_new_tokens", 4096, "of a sample"), ("gsrm_max_new_tokens", 2048, "of a written structure"), ("seed", 0, "of the samples"),
-                                ("out", "", "JSON file for all figures"), ("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    args = parser.parse_args(argv[1:])
+    parser = ConfigParser(Config, prog="python gsrm.py eval", allow_abbrev=False)
+    parser.add_argument("first", nargs="?", metavar="DATA", help="the same as --data")
+    given = vars(parser.parse_args(argv[1:]))
+    first, args = given.pop("first"), Config(**given)
     with ending():
-        if not args.gsrm or not (data := args.data or args.data_flag):
+        if first and args.data:
+            raise ValueError(f"{first} and --data {args.data}: give one of the two")
+        if not args.gsrm or not (data := first or args.data):
             raise ValueError("DATA and --gsrm are needed: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read")
-        if args.data and args.data_flag:
-            raise ValueError(f"{args.data} and --data {args.data_flag}: give one of the two")
-        check(SimpleNamespace(**vars(args), engine="own", dtype="auto"))
         problems, human = load_gold(data, args.limit)
         if len(problems) < 2 or not all(p.teachers for p in problems):
             raise ValueError(f"{data}: the report card needs two problems or more, each with a teacher trace")
@@ -292,4 +303,4 @@ def main(argv: list[str]) -> None:
         if card["r"] is not None:
             print(f"\nr(structure, true_structure) = {card['r']:.3f} on the honest traces")
         if args.out:
-            Path(args.out).write_text(json.dumps({"flags": vars(args), **card}, indent=1) + "\n", encoding="utf-8")
+            Path(args.out).write_text(json.dumps({"flags": asdict(args) | {"data": data}, **card}, indent=1) + "\n", encoding="utf-8")

@@ -42,13 +42,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (all flags: {self.prog} --help)\n")
 
 
-def flag(default, text: str):
-    """A dataclass field whose help text is shown by --help."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text: str, interval: str = "(-inf, inf)"):
+    """A dataclass field that becomes a flag: its help text and, of a number, where it has to lie, as in "[0, 1)"."""
+    return field(default=default, metadata={"help": text, "interval": interval})
 
 
 class ConfigParser(Parser, HfArgumentParser):
-    """The same, with flags from a dataclass."""
+    """The same, with flags from a dataclass: numbers are checked against their intervals, Literal fields against their values."""
+
+    def add_argument(self, *names: str, interval: str = "", **settings) -> argparse.Action:
+        if settings.get("type") in (int, float):
+            settings["type"] = number(settings["type"], interval, settings.get("help", ""))
+        return super().add_argument(*names, **settings)
 
     def parse_with(self, presets: dict[str, dict], argv: list[str] | None) -> dict:
         """The settings: defaults, then those of the preset that the flag --preset names, then flags."""
@@ -59,29 +64,25 @@ class ConfigParser(Parser, HfArgumentParser):
         return vars(self.parse_args(argv))
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """A type for add_argument: a finite number, `low` or more."""
+def number(kind: type, interval: str, about: str = "") -> Callable[[str], float]:
+    """A type for add_argument: a number in an interval, round brackets leaving out its end; `about` says in an error what it is for."""
+    low, high = map(float, interval[1:-1].split(","))
+    bounds = "" if interval == "(-inf, inf)" else f" of {low:g} or more" if interval.startswith("[") and high == math.inf else f" in {interval}"
+
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number of {low} or more")
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole' if kind is int else 'finite'} number{bounds}" + f" ({about})" * bool(about))
         return value
     return read
 
 
-Range = tuple[float, float]                              # low <= number < high
-
-
-def out_of_range(settings: dict[str, object], ranges: dict[str, Range]) -> tuple[str, str]:
-    """(name, what it has to be) of the first number among the settings that is out of its range, or not finite; ("", "") if there is none."""
-    for name, value in settings.items():
-        low, high = ranges.get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value < high):
-            return name, "a finite number" + f", {low} or more" * (low > -math.inf) + f", below {high}" * (high < math.inf)
-    return "", ""
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """The same for a finite number, `low` or more."""
+    return number(kind, f"[{low}, inf)")
 
 
 def read_record(path: Path, *names: str) -> dict:

@@ -13,7 +13,6 @@ never a text, a 0 or a "no". The key is OPENAI_API_KEY. `annotate` has a model w
 
 Left out on purpose: streaming, batch APIs, load balancing, calls from inside a running event loop, a judge that must think before it says yes or no.
 """
-import argparse
 import asyncio
 import hashlib
 import json
@@ -26,12 +25,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from command import Parser, at_least, ending
+from command import ConfigParser, ending, flag
 from data import Problem, append_jsonl, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
@@ -282,16 +281,25 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
             + f"; {failed} failed: run the same command again" * (failed > 0))
 
 
+@dataclass(frozen=True)
+class Config:
+    """Flags of `python gsrm.py annotate`, besides its two switches."""
+    url: str = field(metadata={"help": "of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"})
+    model: str = field(metadata={"help": "its name there"})
+    out: str = flag("", "pairs to write; the record of the work lies beside it (default: out/DATA.pairs.jsonl)")
+    limit: int = flag(0, "only the first so many problems (0: all)", "[0, inf)")
+    concurrency: int = flag(32, "requests at a time", "[1, inf)")
+    max_new_tokens: int = flag(4096, "budget of a written structure", "[1, inf)")
+    deadline: float = flag(120.0, "seconds for an answer, before the request is tried again", "(0, inf)")
+    price_in: float = flag(0.0, "of a million prompt tokens, for the cost that is printed", "[0, inf)")
+    price_out: float = flag(0.0, "of a million completion tokens", "[0, inf)")
+
+
 def annotate_main(argv: list[str]) -> None:
-    """The command `annotate`; prices in money per million tokens."""
-    parser = Parser(prog="python gsrm.py annotate", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The command `annotate`."""
+    parser = ConfigParser(Config, prog="python gsrm.py annotate", allow_abbrev=False)
     parser.add_argument("data", help="problems with teacher traces: JSONL or folder")
-    parser.add_argument("--url", required=True, help="of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", required=True, help="its name there")
-    parser.add_argument("--out", default=argparse.SUPPRESS, help="pairs to write; the record of the work lies beside it (default: out/DATA.pairs.jsonl)")
-    for name, default in dict(limit=0, concurrency=32, max_new_tokens=4096, deadline=120.0, price_in=0.0, price_out=0.0).items():
-        parser.add_argument(f"--{name}", type=at_least({"concurrency": 1, "max_new_tokens": 1, "deadline": 0.001}.get(name, 0), type(default)), default=default)
-    parser.add_argument("--skip_bad", action="store_true", help="list malformed lines of the data instead of stopping at one")
+    parser.add_argument("--skip_bad", action="store_true", help="list malformed lines of the data instead of stopping at one")       # no value: DATA may follow
     parser.add_argument("--retry_rejected", action="store_true", help="ask again for what was rejected")
     args = parser.parse_args(argv)
     with ending():
@@ -300,7 +308,7 @@ def annotate_main(argv: list[str]) -> None:
             raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
         try:
-            print(annotate(problems, endpoint, Path(vars(args).get("out") or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
+            print(annotate(problems, endpoint, Path(args.out or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
         except KeyboardInterrupt:
             sys.exit("interrupted: the same command goes on where this one was")
         finally:                                         # an outage or Ctrl-C has cost something too

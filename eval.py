@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,37 +106,33 @@ class Config:
     """Flags of `python eval.py`; sampling as DeepSeek-R1 and the paper do it."""
     model: str = field(metadata={"help": "checkpoint folder or hub name"})
     data: str = field(metadata={"help": "problems: JSONL, or a folder with test.jsonl"})
-    k: int = flag(1, "samples per problem")
-    temperature: float = flag(0.6, "0: one greedy completion per problem")
-    top_p: float = flag(0.95, "nucleus")
-    max_new_tokens: int = flag(32768, "completion budget; lowered to what the model's positions allow")
+    k: int = flag(1, "samples per problem", "[1, inf)")
+    temperature: float = flag(0.6, "0: one greedy completion per problem", "[0, inf)")
+    top_p: float = flag(0.95, "nucleus", "(0, 1]")
+    max_new_tokens: int = flag(32768, "completion budget; lowered to what the model's positions allow", "[1, inf)")
     skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
-    limit: int = flag(0, "only the first so many problems (0: all)")
+    limit: int = flag(0, "only the first so many problems (0: all)", "[0, inf)")
     gsrm: str = flag("", "reward model for the structure report: checkpoint folder or module:function")
     judge: str = flag("", "its judge, if another checkpoint")
     truth: str = flag("", "module:function that reads true steps")
-    gsrm_max_new_tokens: int = flag(2048, "budget of a written structure")
+    gsrm_max_new_tokens: int = flag(2048, "budget of a written structure", "[1, inf)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
-    seed: int = flag(0, "of the samples")
+    seed: int = flag(0, "of the samples", "[0, inf)")
     out: str = flag("", "where the generations go (default: out/eval/<model>-<data>.jsonl)")
-    engine: str = flag("own", "own, or vllm (pip install vllm)")
-    dtype: str = flag("auto", "of the models: float32, bfloat16, float16, or auto: what the checkpoint was saved in")
+    engine: Literal["own", "vllm"] = flag("own", "own, or vllm (pip install vllm)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the models: float32, bfloat16, float16, or auto: what the checkpoint was saved in")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
-def check(config: Config) -> None:
-    """ValueError for a flag that cannot be, ImportError for an engine that is not there."""
-    for name, fine, wanted in (("k", config.k >= 1, "at least one sample per problem"), ("temperature", 0 <= config.temperature < np.inf, "0 (greedy) or above"),
-                               ("top_p", 0 < config.top_p <= 1, "above 0, at most 1"), ("max_new_tokens", config.max_new_tokens >= 1, "at least 1"),
-                               ("limit", config.limit >= 0, "0 (all) or above"), ("gsrm_max_new_tokens", config.gsrm_max_new_tokens >= 1, "at least 1"),
-                               ("seed", config.seed >= 0, "0 or above"), ("engine", config.engine in ("own", "vllm"), "own, or vllm (pip install vllm)"),
-                               ("dtype", config.dtype in ("auto", "float32", "bfloat16", "float16"), "float32, bfloat16, float16, or auto: what the checkpoint was saved in")):
-        if not fine:
-            raise ValueError(f"--{name} {getattr(config, name)}: {wanted}")
-    if config.judge and not config.gsrm:
-        raise ValueError(f"--judge {config.judge}: it judges the steps that a reward model reads; give --gsrm too, or leave it out")
-    if config.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        raise ImportError("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Config from defaults and flags. An unknown flag or value, or an engine that is not there, ends the program with a line that says so."""
+    parser = ConfigParser(Config, description=__doc__.split("\n")[0] + " Also: python eval.py rescore | compare | show | plot, each with --help", allow_abbrev=False)
+    c = Config(**vars(parser.parse_args(argv)))
+    if c.judge and not c.gsrm:
+        parser.error(f"--judge {c.judge}: it judges the steps that a reward model reads; give --gsrm too, or leave it out")
+    if c.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        parser.error("--engine vllm: vLLM is not installed; pip install vllm, or leave the flag out")
+    return c
 
 
 def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
@@ -185,7 +182,6 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
 def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GSRM | None, Callable | None]:
     """Rows of `evaluate` under the command's flags, with the reward model and the truth that scored them. With `out` they are stored there as the sampler's waves
     finish, and what it holds already is not sampled again."""
-    check(config)
     problems, own = load_problems(config.data, "test", config.skip_bad)[:config.limit or None], config.engine == "own"
     model, tokenizer = load_model(config.model, config.device, config.dtype) if own else (None, load_tokenizer(config.model))
     prompts = [problem_ids(tokenizer, p, config.instruction) for p in problems]
@@ -288,7 +284,6 @@ if __name__ == "__main__":
             if sys.argv[1:2] and sys.argv[1] in ("rescore", "compare", "show", "plot"):
                 commands(sys.argv[1:])
             else:
-                about = __doc__.split("\n")[0] + " Also: python eval.py rescore | compare | show | plot, each with --help"
-                main(Config(**vars(ConfigParser(Config, description=about, allow_abbrev=False).parse_args())))
+                main(parse_config())
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it stopped")

@@ -267,11 +267,11 @@ def fill(text: str, made: dict[str, str]) -> str:
     return re.sub(r"<!-- (study-[\w-]+) -->.*?<!-- /\1 -->", lambda m: f"<!-- {m[1]} -->\n{made[m[1]]}\n<!-- /{m[1]} -->", text, flags=re.DOTALL)
 
 
-def report(rows: list[dict], page: Path, template: Path) -> list[Path]:
-    """Writes the page (the template's prose, the rows' figures) and its pictures beside it; the same rows give the same bytes. -> what was written."""
-    runs, made = gathered(rows), [page]
-    page.write_text(fill(template.read_text(encoding="utf-8"), blocks(rows)), encoding="utf-8")
+def report(rows: list[dict], made: dict[str, str], page: Path, template: Path) -> list[Path]:
+    """Writes the page (the template's prose, the rows' `blocks`) and its pictures beside it; the same rows give the same bytes. -> what was written."""
+    runs, written = gathered(rows), [page]
+    page.write_text(fill(template.read_text(encoding="utf-8"), made), encoding="utf-8")
     for name, draw in PICTURES.items():
-        made.append(page.with_name(f"{page.stem}_{name}.png"))
-        draw(runs, made[-1])
-    return made
+        written.append(page.with_name(f"{page.stem}_{name}.png"))
+        draw(runs, written[-1])
+    return written

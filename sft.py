@@ -17,15 +17,16 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import plan
-from command import ConfigParser, ending, flag, folder, out_of_range
+from command import ConfigParser, ending, flag, folder
 from data import (
     NO_EOS,
     Tokenizer,
@@ -58,30 +59,30 @@ Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 class Config:
     """Flags of `python sft.py`. A preset overrides defaults, flags override the preset."""
     preset: str = flag("none", "none, or paper-gsrm (the paper's section 4.1)")
-    task: str = flag("", "gsrm (pairs of GSRM's prompts, checked), trace (problems with teacher traces); empty: prompt/target pairs or problems, as the data are")
+    task: Literal["", "gsrm", "trace"] = flag("", "gsrm (pairs of GSRM's prompts, checked), trace (problems with teacher traces); empty: pairs or problems, as the data are")
     model: str = flag("", "checkpoint folder or hub name to start from")
     data: str = flag("", "problems with teacher traces (JSONL or folder), or JSONL of prompt/target pairs")
     out: str = flag("", "folder of the trained checkpoint")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
-    limit: int = flag(0, "use only the first so many problems or pairs (0: all)")
+    limit: int = flag(0, "use only the first so many problems or pairs (0: all)", "[0, inf)")
     skip_bad: bool = flag(False, "list malformed lines instead of stopping at one")
-    max_length: int = flag(0, "tokens that prompt and target may have together (0: the model's positions); nothing is ever cut")
+    max_length: int = flag(0, "tokens that prompt and target may have together (0: the model's positions); nothing is ever cut", "[0, inf)")
     skip_long: bool = flag(False, "list longer pairs and leave them out instead of stopping at one")
     eval_data: str = flag("", "held-out data of the same kind (of a folder: its test.jsonl), whose loss is printed every epoch")
-    eval_share: float = flag(0.0, "or this share of the problems of --data, held out")
-    keep: str = flag("last", "last, or best: the checkpoint of the epoch with the least held-out loss")
-    epochs: float = flag(1.0, "passes over the pairs")
-    batch_size: int = flag(4, "pairs per optimiser step")
-    max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update")
-    lr: float = flag(5e-5, "peak learning rate, linear decay")
-    warmup: float = flag(0.1, "share of the steps in which the rate climbs")
-    dtype: str = flag("float32", "float32, or bfloat16 with float32 master weights: what is computed in, and saved")
+    eval_share: float = flag(0.0, "or this share of the problems of --data, held out", "[0, 1)")
+    keep: Literal["last", "best"] = flag("last", "last, or best: the checkpoint of the epoch with the least held-out loss")
+    epochs: float = flag(1.0, "passes over the pairs", "(0, inf)")
+    batch_size: int = flag(4, "pairs per optimiser step", "[1, inf)")
+    max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update", "[1, inf)")
+    lr: float = flag(5e-5, "peak learning rate, linear decay", "(0, inf)")
+    warmup: float = flag(0.1, "share of the steps in which the rate climbs", "[0, 1]")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "float32, or bfloat16 with float32 master weights: what is computed in, and saved")
     offload: bool = flag(False, "master weights, gradients and moments rest in CPU memory (slower)")
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
-    seed: int = flag(0, "order of the pairs, choice of the held-out share")
+    seed: int = flag(0, "order of the pairs, choice of the held-out share", f"[0, {2**63})")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")
-    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
+    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for", "(0, inf)")
 
 
 PRESETS: dict[str, dict] = {
@@ -260,16 +261,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Config from defaults, then the preset, then flags. An unknown flag, preset or value ends the program with a line that says so."""
     parser = ConfigParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     c = Config(**parser.parse_with(PRESETS, argv))
-    fine = {"model": c.model, "data": c.data or c.dry_run, "out": c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(),
-            "task": c.task in ("", "gsrm", "trace"), "limit": c.limit >= 0, "gpu_memory_gb": c.gpu_memory_gb > 0, "max_length": c.max_length >= 0,
-            "eval_share": 0 <= c.eval_share < 1 and not (c.eval_share and c.eval_data), "keep": c.keep in ("last", "best"), "epochs": c.epochs > 0,
-            "batch_size": c.batch_size >= 1, "max_tokens": c.max_tokens >= 1, "lr": c.lr > 0, "warmup": 0 <= c.warmup <= 1, "dtype": c.dtype in ("float32", "bfloat16")}
-    wrong, wanted = out_of_range(asdict(c), {"seed": (0, 2**63)})
-    hints = {"out": "a folder, another one than --model", "eval_share": "a share below 1, and not --eval_data too", wrong: wanted}
-    fine |= {wrong: False} if wrong else {}
-    for name, ok in fine.items():
-        if not ok:
-            parser.error(f"--{name} {getattr(c, name)!r}: {hints.get(name) or next(f.metadata['help'] for f in fields(c) if f.name == name)}")
+    checks = {"model": (c.model, "checkpoint folder or hub name to start from"), "data": (c.data or c.dry_run, "problems with teacher traces, or prompt/target pairs"),
+              "out": (c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(), "a folder, another one than --model"),
+              "eval_share": (not (c.eval_share and c.eval_data), "not --eval_data too")}
+    for name, (fine, wanted) in checks.items():
+        if not fine:
+            parser.error(f"--{name} {getattr(c, name)!r}: {wanted}")
     if c.keep == "best" and not (c.eval_data or c.eval_share):
         parser.error("--keep best needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")
     return c

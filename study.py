@@ -239,7 +239,7 @@ def main() -> None:
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
     template, rows = Path(__file__).resolve().parent / "docs/study.md", sorted(rows, key=order)
-    made, written = evidence.blocks(rows), evidence.report(rows, args.results.with_suffix(".md"), template)
+    written = evidence.report(rows, made := evidence.blocks(rows), args.results.with_suffix(".md"), template)
     if args.results.resolve() == template.with_suffix(".jsonl"):                    # the front page quotes the committed study
         readme = template.parent.parent / "README.md"
         readme.write_text(evidence.fill(readme.read_text(encoding="utf-8"), made), encoding="utf-8")

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ import plan
 import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
-from command import ConfigParser, ending, flag, folder, out_of_range
+from command import ConfigParser, ending, flag, folder
 from data import Problem, Tokenizer, append_jsonl, check_room, data_file, file_hash, load_model, load_problems, problem_ids, save_model, template_hash, whole_turns
 from eval import before_after
 from gsrm import GSRM
@@ -59,69 +60,64 @@ class Config:
     truth: str = flag("", "module:function that reads a trace's true steps where they are known; only measured, never trained on")
     out: str = flag("out/run", "folder that the run writes")
     skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
-    limit: int = flag(0, "train on the first so many problems only (0: all)")
+    limit: int = flag(0, "train on the first so many problems only (0: all)", "[0, inf)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
     w_structure: float = flag(1.0, "weight of the structure reward; 0 asks no GSRM (plain GRPO)")
     w_outcome: float = flag(1.0, "weight of the outcome reward, 1 for a right final answer")
     w_format: float = flag(0.2, "weight of the format reward, 1 for <think>...</think> and one boxed answer")
-    combine: str = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")
+    combine: Literal["gdpo", "sum"] = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")
     normalize: bool = flag(True, "structure reward divided by the teacher's number of steps; False: the authors' raw sum")
     stop_at_divergence: bool = flag(True, "structure reward ends where the student leaves the teacher's branch; False: counts every later step that agrees again")
-    max_teachers: int = flag(0, "use only the first so many teacher traces of a problem (0: all)")
-    steps: int = flag(500, "optimiser steps (each on fresh rollouts, times updates_per_batch)")
-    problems_per_step: int = flag(16, "P, problems per step over all processes")
-    group_size: int = flag(8, "G, completions per problem")
-    max_new_tokens: int = flag(4096, "completion budget in tokens")
-    gsrm_max_new_tokens: int = flag(2048, "budget of a written structure in tokens")
-    temperature: float = flag(1.0, "of sampling, and of the trainer's log-probs")
-    top_p: float = flag(1.0, "1, the whole distribution: under a cut one the samples' log-probs would not be the trainer's; eval.py has a --top_p")
-    updates_per_batch: int = flag(1, "optimiser steps on the same rollouts (1 is on-policy)")
-    scale: str = flag("std", "advantages: std (divide by the group's) or none")
-    aggregation: str = flag("token", "loss per token (DAPO), sequence (GRPO) or fixed length (Dr.GRPO)")
-    level: str = flag("token", "importance ratio per token or sequence (GSPO)")
-    clip_low: float = flag(0.2, "ratio is clipped below 1 - clip_low")
-    clip_high: float = flag(0.28, "ratio is clipped above 1 + clip_high")
-    beta: float = flag(1e-3, "weight of the KL to the frozen start; 0 loads no reference model")
-    kl_kind: str = flag("k3", "k1, k2 or k3 (see grpo.kl)")
+    max_teachers: int = flag(0, "use only the first so many teacher traces of a problem (0: all)", "[0, inf)")
+    steps: int = flag(500, "optimiser steps (each on fresh rollouts, times updates_per_batch)", "[1, inf)")
+    problems_per_step: int = flag(16, "P, problems per step over all processes", "[1, inf)")
+    group_size: int = flag(8, "G, completions per problem; one alone has nothing to be compared with", "[2, inf)")
+    max_new_tokens: int = flag(4096, "completion budget in tokens", "[1, inf)")
+    gsrm_max_new_tokens: int = flag(2048, "budget of a written structure in tokens", "[1, inf)")
+    temperature: float = flag(1.0, "of sampling, which RL needs, and of the trainer's log-probs", "(0, inf)")
+    top_p: float = flag(1.0, "1, the whole distribution: under a cut one the samples' log-probs would not be the trainer's; eval.py has a --top_p", "[1, 1]")
+    updates_per_batch: int = flag(1, "optimiser steps on the same rollouts (1 is on-policy)", "[1, inf)")
+    scale: Literal["std", "none"] = flag("std", "advantages: std (divide by the group's) or none")
+    aggregation: Literal["token", "sequence", "fixed"] = flag("token", "loss per token (DAPO), sequence (GRPO) or fixed length (Dr.GRPO)")
+    level: Literal["token", "sequence"] = flag("token", "importance ratio per token or sequence (GSPO)")
+    clip_low: float = flag(0.2, "ratio is clipped below 1 - clip_low", "[0, 1)")
+    clip_high: float = flag(0.28, "ratio is clipped above 1 + clip_high", "[0, inf)")
+    beta: float = flag(1e-3, "weight of the KL to the frozen start; 0 loads no reference model", "[0, inf)")
+    kl_kind: Literal["k1", "k2", "k3"] = flag("k3", "k1, k2 or k3 (see grpo.kl)")
     teacher: str = flag("", "teacher model with the student's tokenizer, for on-policy distillation: its exact KL(student || teacher) is added to the loss")
-    teacher_kl: float = flag(1.0, "weight of that KL; with --w_structure 0 --w_outcome 0 --w_format 0 there is nothing else")
-    lr: float = flag(1e-6, "learning rate (AdamW), constant after the warm-up")
-    warmup_steps: int = flag(0, "steps in which the rate climbs")
-    weight_decay: float = flag(0.0, "AdamW's")
-    adam_beta2: float = flag(0.999, "AdamW's second beta")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update")
-    cache_gb: float = flag(plan.CACHE_GB, "memory for the keys and values of rows that are sampled together, of the student as of the reward model; no effect on the samples")
-    eval_problems: int = flag(64, "evaluation problems (the first so many; 0: no evaluation)")
-    eval_k: int = flag(8, "samples per evaluation problem")
-    save_every: int = flag(50, "steps between checkpoints (0: only at the end)")
-    keep: int = flag(2, "checkpoints kept: the last so many, and the one with the best reward")
-    resume: str = flag("", "auto: go on from the newest whole checkpoint in --out")
-    seed: int = flag(0, "everything random follows from it")
+    teacher_kl: float = flag(1.0, "weight of that KL; with --w_structure 0 --w_outcome 0 --w_format 0 there is nothing else", "[0, inf)")
+    lr: float = flag(1e-6, "learning rate (AdamW), constant after the warm-up", "(0, inf)")
+    warmup_steps: int = flag(0, "steps in which the rate climbs", "[0, inf)")
+    weight_decay: float = flag(0.0, "AdamW's", "[0, inf)")
+    adam_beta2: float = flag(0.999, "AdamW's second beta", "[0, 1)")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "(0, inf)")
+    max_tokens: int = flag(16384, "padded tokens per micro-batch; no effect on the update", "[1, inf)")
+    cache_gb: float = flag(plan.CACHE_GB, "memory for the keys and values of rows sampled together, of the student as of the reward model; no effect on the samples", "(0, inf)")
+    eval_problems: int = flag(64, "evaluation problems (the first so many; 0: no evaluation)", "[0, inf)")
+    eval_k: int = flag(8, "samples per evaluation problem", "[1, inf)")
+    save_every: int = flag(50, "steps between checkpoints (0: only at the end)", "[0, inf)")
+    keep: int = flag(2, "checkpoints kept: the last so many, and the one with the best reward", "[1, inf)")
+    resume: Literal["", "auto"] = flag("", "auto: go on from the newest whole checkpoint in --out")
+    seed: int = flag(0, "everything random follows from it", f"[0, {2**63 // 1_000_003})")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    dtype: str = flag("float32", "what the models compute in: float32, or bfloat16 (the student's masters, gradients and moments stay float32)")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "what the models compute in: float32, or bfloat16 (the student's masters, gradients and moments stay float32)")
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
     offload: bool = flag(False, "the student's masters, gradients and moments rest in CPU memory (for cards of 24-40 GB; slower)")
-    lora_rank: int = flag(0, "train adapters of this rank beside the frozen weights (pip install peft; wants a higher --lr); 0: full fine-tuning")
-    lora_alpha: int = flag(32, "adapters count alpha / rank")
+    lora_rank: int = flag(0, "train adapters of this rank beside the frozen weights (pip install peft; wants a higher --lr); 0: full fine-tuning", "[0, inf)")
+    lora_alpha: int = flag(32, "adapters count alpha / rank", "[1, inf)")
     lora_targets: str = flag("all-linear", "layers with adapters: all-linear, or names such as q_proj,v_proj; never the head")
-    reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards")
-    max_faults: int = flag(3, "steps in a row with a loss or gradient that is not finite: back to the last good checkpoint once, then the run ends")
+    reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards", "[1, inf)")
+    max_faults: int = flag(3, "steps in a row with a loss or gradient that is not finite: back to the last good checkpoint once, then the run ends", "[1, inf)")
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
     warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
     warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
     warn_ratio: float = flag(1.0, "warn above this difference of sampler and trainer on a token, nats")
     warn_unscored: float = flag(0.1, "warn above this share of completions without a reward")
-    log_to: str = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
+    log_to: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
     dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")
-    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for")
+    gpu_memory_gb: float = flag(80.0, "of the card that --dry_run plans for", "(0, inf)")
 
 
-RANGES = {"seed": (0, 2**63 // 1_000_003), "clip_low": (0, 1), "adam_beta2": (0, 1)} | {name: (low, math.inf) for low, names in {                    # low <= number < high
-    0: "limit max_teachers eval_problems save_every warmup_steps weight_decay clip_high beta teacher_kl lora_rank", 1e-12: "lr temperature max_grad_norm cache_gb gpu_memory_gb",
-    1: "steps max_new_tokens gsrm_max_new_tokens updates_per_batch keep max_faults max_tokens eval_k reward_timeout lora_alpha"}.items() for name in names.split()}
-CHOICES = {"combine": ("gdpo", "sum"), "scale": ("std", "none"), "aggregation": ("token", "sequence", "fixed"), "level": ("token", "sequence"), "kl_kind": ("k1", "k2", "k3"),
-           "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "trackio", "tensorboard"), "resume": ("", "auto")}
 PRESETS: dict[str, dict] = {
     "none": {},
     "toy": dict(model="toy/student", data="toy", gsrm="toy/gsrm", truth="toy:read", out="out/toy", steps=240, problems_per_step=8, max_new_tokens=150,
@@ -152,18 +148,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
     c = Config(**parser.parse_with(PRESETS, argv))
     if f := next((f for f in fields(c) if f.name in ("model", "data") and not getattr(c, f.name) and not (c.dry_run and c.model)), None):
         parser.error(f"--{f.name} is needed{f' by --preset {c.preset}' * (c.preset != 'none')}: {f.metadata['help']}")
-    checks = {name: getattr(c, name) in allowed for name, allowed in CHOICES.items()}
-    checks |= {"group_size": c.group_size >= 2, "top_p": c.top_p == 1, "w_structure": any((c.w_structure, c.w_outcome, c.w_format, c.teacher and c.teacher_kl)),
-               "problems_per_step": c.problems_per_step >= world(), "gsrm": bool(c.gsrm or c.structure_reward or c.dry_run) or not c.w_structure}
-    hints = {"group_size": "a group of 1 has nothing to be compared with, use 2 or more", "problems_per_step": f"each of the {world()} processes needs at least one problem a step",
-             "gsrm": "the structure reward needs a reward model; give one, or --w_structure 0", "w_structure": "at least one reward needs a weight other than 0 (or a --teacher)"}
-    wrong, wanted = out_of_range(asdict(c), RANGES)
-    if wrong:
-        checks[wrong], hints[wrong] = False, "RL samples at a temperature above 0" if wrong == "temperature" else wanted
-    if c.log_to and checks["log_to"] and not importlib.util.find_spec(c.log_to):
-        checks["log_to"], hints["log_to"] = False, f"pip install {c.log_to}, or leave the flag out (log.jsonl has every figure)"
-    if name := next((name for name, fine in checks.items() if not fine), None):
-        parser.error(f"--{name} {getattr(c, name)}: {hints.get(name, Config.__dataclass_fields__[name].metadata['help'])}")
+    checks = {"problems_per_step": (c.problems_per_step >= world(), f"each of the {world()} processes needs at least one problem a step"),
+              "w_structure": (any((c.w_structure, c.w_outcome, c.w_format, c.teacher and c.teacher_kl)), "at least one reward needs a weight other than 0 (or a --teacher)"),
+              "gsrm": (c.gsrm or c.structure_reward or c.dry_run or not c.w_structure, "the structure reward needs a reward model; give one, or --w_structure 0"),
+              "log_to": (not c.log_to or importlib.util.find_spec(c.log_to), f"pip install {c.log_to}, or leave the flag out (log.jsonl has every figure)")}
+    for name, (fine, wanted) in checks.items():
+        if not fine:
+            parser.error(f"--{name} {getattr(c, name)}: {wanted}")
     return c
 
 

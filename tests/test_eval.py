@@ -144,13 +144,23 @@ def test_the_budget_is_lowered_to_the_models_positions_and_said(tmp_path, monkey
         evaluation.sample_rows(CONFIG)
 
 
-@pytest.mark.parametrize("change, words", [(dict(k=0), "--k 0"), (dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=0.0), "--top_p"),
-                                           (dict(max_new_tokens=0), "--max_new"), (dict(limit=-1), "--limit"), (dict(seed=-1), "--seed"),
-                                           (dict(engine="sglang"), "--engine sglang: own, or vllm"), (dict(dtype="int4"), "--dtype")])
-def test_bad_flags_say_so_before_anything_is_loaded(change, words, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("too late"))
-    with pytest.raises(ValueError, match=words):
-        evaluation.sample_rows(replace(CONFIG, **change))
+NEEDED = ["--model", "toy/student", "--data", "toy"]
+
+
+@pytest.mark.parametrize("flags, words", [("--k 0", "--k: '0' is not a whole number of 1 or more"), ("--temperature -1", "--temperature: '-1' is not a finite number of 0 or more"),
+                                          ("--top_p 0", "'0' is not a finite number in (0, 1]"), ("--top_p 1.01", "'1.01' is not a finite number in (0, 1]"),
+                                          ("--max_new_tokens 0", "'0' is not a whole number of 1 or more"), ("--limit -1", "--limit: '-1'"), ("--seed -1", "--seed: '-1'"),
+                                          ("--k 1.5", "--k: '1.5' is not a whole number"), ("--engine sglang", "--engine: invalid choice: 'sglang'"),
+                                          ("--dtype int4", "invalid choice: 'int4'")])
+def test_bad_flags_say_so(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluation.parse_config(NEEDED + flags.split())
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_flags_at_the_ends_of_their_intervals():
+    config = evaluation.parse_config(NEEDED + "--top_p 1 --temperature 0 --k 1 --limit 0 --seed 0 --engine own".split())
+    assert (config.top_p, config.temperature, config.k, config.limit, config.seed) == (1.0, 0.0, 1, 0, 0)
 
 
 def test_bad_data_names_its_line(tmp_path):
@@ -160,10 +170,11 @@ def test_bad_data_names_its_line(tmp_path):
     assert not (tmp_path / "rows.jsonl").exists() and not (tmp_path / "rows.settings.json").exists()
 
 
-def test_vllm_missing_is_an_error_that_says_so(monkeypatch):
+def test_vllm_missing_is_an_error_that_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match="pip install vllm"):
-        evaluation.sample_rows(replace(CONFIG, engine="vllm"))
+    with pytest.raises(SystemExit):
+        evaluation.parse_config([*NEEDED, "--engine", "vllm"])
+    assert "pip install vllm" in capsys.readouterr().err
 
 
 def test_vllm_gets_token_ids_every_stop_and_a_seed_for_each_sample(tmp_path, monkeypatch):

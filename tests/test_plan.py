@@ -225,7 +225,8 @@ def test_a_model_that_cannot_be_read_is_said_on_one_line():
 
 @pytest.mark.parametrize("flags, says", [(["qwen1.5b"], "--data is needed by --preset qwen1.5b"),
                                          (["paper", "--data", "toy"], "the structure reward needs a reward model; give one"),
-                                         (["toy", "--cache_gb", "0"], "--cache_gb 0"), (["toy", "--lora_rank", "-1"], "--lora_rank -1")])
+                                         (["toy", "--cache_gb", "0"], "--cache_gb/--cache-gb: '0' is not a finite number in (0, inf)"),
+                                         (["toy", "--lora_rank", "-1"], "--lora_rank/--lora-rank: '-1' is not a whole number of 0 or more")])
 def test_what_a_preset_needs_is_said(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_config(["--preset", *flags])

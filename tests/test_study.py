@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
 import eval as evaluation
 import evidence
@@ -16,8 +15,7 @@ import study
 import train
 
 ROOT = Path(study.__file__).parent
-PARSE = {"train.py": train.parse_config, "sft.py": lambda f: HfArgumentParser(sft.Config).parse_args_into_dataclasses(f)[0],
-         "eval.py": lambda f: HfArgumentParser(evaluation.Config).parse_args_into_dataclasses(f)[0]}
+PARSE = {"train.py": train.parse_config, "sft.py": sft.parse_config, "eval.py": evaluation.parse_config}
 
 
 def row(regime, arm, seed, value, **more):
@@ -139,11 +137,12 @@ def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
 def test_the_page_is_made_from_the_rows_alone(tmp_path):
     template = tmp_path / "template.md"
     template.write_text("Words.\n<!-- study-sparse -->\nold\n<!-- /study-sparse -->\nmore <!-- study-size -->x<!-- /study-size -->\n")
-    pages = [evidence.report(rows() + rows("dense"), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
+    both = rows() + rows("dense")
+    pages = [evidence.report(both, evidence.blocks(both), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
     assert [p.read_bytes() for p in pages[0]] == [p.read_bytes() for p in pages[1]] and len(pages[0]) == 1 + len(evidence.PICTURES)
     text = pages[0][0].read_text()
     assert (text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 hours" in text
-            and evidence.fill(text, evidence.blocks(rows() + rows("dense"))) == text)
+            and evidence.fill(text, evidence.blocks(both)) == text)
     with pytest.raises(ValueError, match="study-magic"):
         evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
 
@@ -152,10 +151,10 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     """Every table of docs/study.md and of the README, byte for byte; the pictures too, where matplotlib is the one that drew them.
     Outside of the marked places there is no figure."""
     results = sorted(study.read_results(ROOT / "docs/study.jsonl"), key=study.order)
-    pages = evidence.report(results, tmp_path / "study.md", ROOT / "docs/study.md")
+    pages = evidence.report(results, made := evidence.blocks(results), tmp_path / "study.md", ROOT / "docs/study.md")
     assert pages[0].read_text() == (ROOT / "docs/study.md").read_text()
     readme = (ROOT / "README.md").read_text()
-    assert "<!-- study-short -->" in readme and evidence.fill(readme, evidence.blocks(results)) == readme
+    assert "<!-- study-short -->" in readme and evidence.fill(readme, made) == readme
     import matplotlib
     for picture in pages[1:]:
         committed = (ROOT / "docs" / picture.name).read_bytes()

@@ -217,8 +217,8 @@ def test_the_exported_model_is_a_hugging_face_checkpoint(straight):
 
 @pytest.mark.parametrize("flags,says", [
     (["--stepz", "3"], "--stepz"), (["--preset", "huge"], "choose one of"), (["--preset", "paper-gsrm", "--dry_run"], "python sft.py --preset paper-gsrm"),
-    (["--group_size", "1"], "use 2 or more"), (["--combine", "product"], "--combine product"),
-    (["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--top_p", "0.9"], "log-probs would not be the trainer's"),
+    (["--group_size", "1"], "'1' is not a whole number of 2 or more (G, completions per problem; one alone"), (["--combine", "product"], "--combine: invalid choice: 'product'"),
+    (["--max_new_tokens", "0"], "--max_new_tokens/--max-new-tokens: '0' is not a whole number of 1 or more"), (["--top_p", "0.9"], "log-probs would not be the trainer's"),
     (["--w_structure", "0", "--w_outcome", "0", "--w_format", "0"], "at least one reward"),
     (["--preset", "none"], "--model is needed"), (["--lr", "fast"], "--lr")])
 def test_bad_flags_end_with_one_line_that_says_what_to_change(flags, says, capsys):
