@@ -101,9 +101,12 @@ class Checkpoints:
 
 def spare(folder: Path, keep: int) -> list[Path]:
     """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward."""
+    def reward(path: Path) -> float:
+        note = path / "state.json"                            # not there: a kill came while it was being removed
+        return -math.inf if not note.exists() or (found := json.loads(note.read_text()).get("reward")) is None else found
+
     older = sorted(folder.glob("step_*"))[:-keep]
-    reward = lambda path: -math.inf if (found := json.loads((path / "state.json").read_text()).get("reward")) is None else found
-    best = max(older, key=lambda path: (reward(path), path.name), default=None)
+    best = max((path for path in older if reward(path) > -math.inf), key=lambda path: (reward(path), path.name), default=None)
     return [path for path in older if path != best]
 
 

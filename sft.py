@@ -5,19 +5,24 @@
     python sft.py --model toy/student --data toy --epochs 3 --out out/sft            # the SFT baseline: imitate the teacher's traces token by token
     python sft.py --preset paper-gsrm --data pairs.jsonl --out out/gsrm              # GSRM's decomposer, from what `python gsrm.py annotate` wrote; a judge likewise
     torchrun --nproc_per_node 4 sft.py --preset paper-gsrm ...                       # the same update from four processes
-    python sft.py --task gsrm --model PATH --data pairs.jsonl --eval_share 0.05 --epochs 3 --keep best --dtype bfloat16 --gradient_checkpointing --out out/gsrm
+    python sft.py ... --resume auto                                                  # the same command goes on after an interruption, bitwise as if there had been none (CPU)
 
 GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_prompt, under the model's chat template); --task gsrm refuses pairs that are not.
 The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
 see: no document reads another. A parameter costs 16 bytes (float32 master 4, gradient 4, AdamW 8), in bfloat16 too, which saves time and activations; they are shared
 out over processes (parallel.py), or rest in the CPU's memory (--offload True). --dry_run says what fits.
-Left out on purpose: LoRA, packing, and resume (--keep best leaves its checkpoint as soon as it is made).
+A run leaves its checkpoint, run.json (settings, versions, data) and, when it is through, sft.json (the same with the losses of the epochs) in --out.
+Left out on purpose: LoRA, packing.
 """
+import itertools
 import json
 import math
 import random
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,31 +31,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import plan
+from checkpoint import Checkpoints, load_checkpoint, start_folder
 from command import ConfigParser, ending, flag, folder
-from data import (
-    NO_EOS,
-    Tokenizer,
-    chat_ids,
-    data_file,
-    file_hash,
-    half_pair,
-    join_completion,
-    load_model,
-    load_problems,
-    load_tokenizer,
-    opening,
-    problem_ids,
-    put_aside,
-    read_jsonl,
-    save_model,
-    tell,
-    template_hash,
-)
+from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
 from parallel import all_sum, finish, hollow, inside, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
 from update import even
+from watch import Leave, leaving, run_record
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 
@@ -79,6 +68,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = flag("float32", "float32, or bfloat16 with float32 master weights: what is computed in, and saved")
     offload: bool = flag(False, "master weights, gradients and moments rest in CPU memory (slower)")
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
+    save_every: int = flag(500, "steps between the checkpoints that a resume goes on from (0: only when asked to stop)", "[0, inf)")
+    resume: Literal["", "auto"] = flag("", "auto: go on from the newest whole checkpoint in --out")
     seed: int = flag(0, "order of the pairs, choice of the held-out share", f"[0, {2**63})")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")
@@ -137,14 +128,14 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
         start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
         return [(f"{path}: problem {p.id}, trace {k}", p.problem, problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer))
                 for p in problems for k, t in enumerate(p.teachers, 1)]
-    if faults and not config.skip_bad:
-        raise ValueError(faults[0])
     texts = []
     for where, row in rows:
         if fault := pair_fault(row, config.task):
-            put_aside(f"{where}: {fault}", faults if config.skip_bad else None)
+            faults.append(f"{where}: {fault}")
         else:
             texts.append((where, row["prompt"].partition("\n<trace>\n")[0], row["prompt"], row["target"]))
+    if faults and not config.skip_bad:
+        raise ValueError(faults[0])
     tell(f"bad lines of {path} passed over", faults)
     return texts[:config.limit or None]
 
@@ -204,16 +195,12 @@ def target_logps(model: PreTrainedModel, pairs: list[Pair], max_tokens: int) -> 
         yield logp if piece else logp[:0]
 
 
-def over_processes(value: float) -> float:
-    return all_sum(torch.tensor(value, dtype=torch.float64)).item()
-
-
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384) -> float:
     """Loss per target token (nats), in eval mode."""
     was_training = model.training
     model.eval()
-    total = -over_processes(sum(logp.sum().item() for logp in target_logps(model, pairs, max_tokens)))
+    total = -all_sum(torch.tensor(sum(logp.sum().item() for logp in target_logps(model, pairs, max_tokens)), dtype=torch.float64)).item()
     model.train(was_training)
     for root in units(model)[:1]:
         root.reshard()                                                       # a forward pass leaves it whole, and what moves are the shards
@@ -222,31 +209,37 @@ def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384
     return total / sum(len(target) for _, target in pairs)
 
 
-def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
-                betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, checkpointing: bool = False) -> Iterator[float]:
-    """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of `steps` optimiser steps; leaves it in
-    eval mode. On several processes each is given all batches, and takes its share of the pairs."""
-    parameters, was_checkpointing = [p for p in model.parameters() if p.requires_grad], any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if coarse := {p.dtype for p in parameters} - {torch.float32}:            # an update of less than 1/256 of a bfloat16 weight would be rounded away
+def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """The optimiser of what is trained; ValueError where that is not float32: an update of less than 1/256 of a bfloat16 weight would be rounded away."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if coarse := {p.dtype for p in parameters} - {torch.float32}:
         raise ValueError(f"the weights to be trained are {coarse.pop()}: load them in float32, and let parallel.shard compute in another dtype")
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda" or None)
+    return torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda" or None)
+
+
+def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
+                optimizer: torch.optim.AdamW | None = None, first: int = 0, checkpointing: bool = False) -> Iterator[float]:
+    """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of the optimiser steps from `first`
+    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs."""
+    optimizer = optimizer or adamw(model)
+    was_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if checkpointing and not was_checkpointing:                               # the layers use it in training mode only
         recompute(model)
     try:
         model.train()
-        for step in range(steps):
+        for step in range(first, steps):
             batch, total = next(batches), 0.0
             tokens = sum(len(target) for _, target in batch)                 # one denominator for the whole step, whatever the micro-batches
             for logp in target_logps(model, batch, max_tokens):
                 loss = -logp.sum() / tokens
                 (loss * world()).backward()                                  # FSDP2 averages over processes, shares are to be summed
                 total += loss.item()
-            total = over_processes(total)
+            total = all_sum(torch.tensor(total, dtype=torch.float64)).item()
             if not math.isfinite(total):
                 raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step / steps)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad()
             yield total
@@ -263,12 +256,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
     c = Config(**parser.parse_with(PRESETS, argv))
     checks = {"model": (c.model, "checkpoint folder or hub name to start from"), "data": (c.data or c.dry_run, "problems with teacher traces, or prompt/target pairs"),
               "out": (c.dry_run or c.out and Path(c.out).resolve() != Path(c.model).resolve(), "a folder, another one than --model"),
-              "eval_share": (not (c.eval_share and c.eval_data), "not --eval_data too")}
+              "eval_share": (not (c.eval_share and c.eval_data), "not --eval_data too"),
+              "keep": (c.keep == "last" or c.eval_data or c.eval_share, "needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")}
     for name, (fine, wanted) in checks.items():
         if not fine:
             parser.error(f"--{name} {getattr(c, name)!r}: {wanted}")
-    if c.keep == "best" and not (c.eval_data or c.eval_share):
-        parser.error("--keep best needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")
     return c
 
 
@@ -280,50 +272,79 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
         save_model(plain, tokenizer, out, {name: x.to(plain.dtype) if x.is_floating_point() else x for name, x in state.items()})
 
 
+def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: list[Pair], held_out: list[Pair], out: Path, start: Path | None) -> list[dict]:
+    """Trains, from the checkpoint `start` if there is one, and writes the model into `out`; -> the losses of each epoch. Leave: asked to end, a checkpoint is written."""
+    steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
+    ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
+    measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
+    optimizer, checkpoints = adamw(model), Checkpoints(out / "checkpoints", keep=1)
+    state = load_checkpoint(start, model, optimizer) if start else {"step": 0, "epochs": [], "losses": []}
+    first, table, losses = state["step"], state["epochs"], state["losses"]              # losses: of the steps since the last epoch's end
+    news = f" (going on from {start})" if start else f" (loss {measure():.4f} before training)" if held_out else ""
+    if rank() == 0:
+        print(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}, {len(held_out)} pairs held out{news}", flush=True)
+    batches = itertools.islice(shuffled(pairs, config.batch_size, config.seed), first, None)
+    training = train_pairs(model, batches, steps, config.lr, linear_schedule(config.warmup), config.max_tokens, optimizer, first, config.gradient_checkpointing)
+    with leaving() as leave:
+        for step, loss in enumerate(bar := tqdm(training, total=steps, initial=first, unit="step", mininterval=1.0, disable=rank() > 0), first + 1):
+            bar.set_postfix(loss=f"{loss:.4f}")
+            losses.append(loss)
+            if step in ends:
+                table.append(row := {"epoch": ends[step], "step": step, "loss": sum(losses) / len(losses), "held_out": measure()})
+                losses, best = [], config.keep == "best" and row["held_out"] == min(r["held_out"] for r in table)
+                bar.write(f"epoch {row['epoch']}, step {step}: loss {row['loss']:.4f}" + f", held out {row['held_out'] or 0:.4f}" * bool(held_out) + ", the best so far" * best)
+                if best or config.keep == "last" and step == steps:
+                    save(model, tokenizer, out, config.dtype)
+            keep = partial(checkpoints.save, model, tokenizer, optimizer, step, epochs=table, losses=losses)
+            if config.save_every and step % config.save_every == 0 and step < steps:
+                keep()
+            checkpoints.wait(0)
+            try:
+                leave()
+            except Leave as asked:
+                keep()
+                checkpoints.wait()
+                raise Leave(asked.number, step) from None
+    checkpoints.wait()
+    return table
+
+
 def main(config: Config) -> None:
     if config.dry_run:
         here = Path(config.model).is_dir() and Path(config.data or "-").exists()
         lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model))] if here else []
         return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
-    if any((Path(config.out) / name).exists() for name in ("config.json", "run.json")):
-        raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out")
+    out = Path(config.out)
+    there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
+    if there and not (config.resume and "run.json" in there and "sft.json" not in there):
+        raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
+    start, passed = start_folder(out, asdict(config), config.resume)
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
     check_head(model)
-    positions, held = getattr(model.config, "max_position_embeddings", 1 << 30), []
+    positions = getattr(model.config, "max_position_embeddings", 1 << 30)
     examples = load_examples(config, tokenizer, config.data, "train", positions)
-    if config.eval_data:
-        held = load_examples(config, tokenizer, config.eval_data, "test", positions)
-    elif config.eval_share:
-        examples, held = hold_out(examples, config.eval_share, config.seed)
-    pairs, held_out, out, table, say = [e.pair for e in examples], [e.pair for e in held], folder(config.out), [], print if rank() == 0 else (lambda *_, **__: None)
-    steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
-    ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
-    measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
+    held = load_examples(config, tokenizer, config.eval_data, "test", positions) if config.eval_data else []
+    examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
     if config.dtype != "float32" or config.offload or world() > 1:
         shard(model, config.dtype, config.offload)
-    before = f" (loss {measure():.4f} before training)" if held_out else ""
-    say(f"{len(pairs)} pairs, {sum(len(t) for _, t in pairs)} target tokens, {steps} steps of {config.batch_size}, {len(held_out)} pairs held out" + before, flush=True)
-    losses = train_pairs(model, shuffled(pairs, config.batch_size, config.seed), steps, config.lr, linear_schedule(config.warmup), config.max_tokens,
-                         checkpointing=config.gradient_checkpointing)
-    since: list[float] = []
-    for step, loss in enumerate(bar := tqdm(losses, total=steps, unit="step", mininterval=1.0, disable=rank() > 0), 1):
-        bar.set_postfix(loss=f"{loss:.4f}")
-        since.append(loss)
-        if step in ends:
-            table.append({"epoch": ends[step], "step": step, "loss": sum(since) / len(since), "held_out": measure()})
-            since, best = [], config.keep == "best" and table[-1]["held_out"] == min(row["held_out"] for row in table)
-            bar.write(f"epoch {ends[step]}, step {step}: loss {table[-1]['loss']:.4f}" + f", held out {table[-1]['held_out'] or 0:.4f}" * bool(held) + ", the best so far" * best)
-            if best or config.keep == "last" and step == steps:
-                save(model, tokenizer, out, config.dtype)
+    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], tokenizer)
     if rank() == 0:
-        record = {"config": asdict(config), "epochs": table, "template": template_hash(tokenizer), "data": file_hash(data_file(config.data))}
-        (out / "sft.json").write_text(json.dumps(record, indent=1))
-    say(f"last loss {loss:.4f}, checkpoint in {config.out}")
+        tell("checkpoints passed over", passed)
+        (folder(out) / "run.json").write_text(json.dumps(record, indent=1))
+    table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
+    if rank() == 0:
+        (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
+        shutil.rmtree(out / "checkpoints")
+        print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")
 
 
 if __name__ == "__main__":
     start()
-    with ending():
-        main(parse_config())
+    try:
+        with ending():
+            main(parse_config())
+    except Leave as asked:
+        print(asked, file=sys.stderr)
+        sys.exit(128 + asked.number)
     finish()

@@ -29,7 +29,7 @@ from command import Parser, at_least, ending
 from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
-from sft import token_pair, train_pairs
+from sft import adamw, token_pair, train_pairs
 
 MOD, FOLDER = 10, Path(__file__).parent / "toy"
 PEOPLE, NEEDED = 11, (7, 8)                             # the level of toy/train.jsonl: so long that sampling the base finds next to no whole walk
@@ -232,7 +232,7 @@ def make_student(steps: int, seed: int, lr: float, habits: bool = False) -> None
     log(f"student{', bad habits' if habits else ''}: {sum(p.numel() for p in model.parameters())} parameters, vocabulary {len(tok)}, {steps} steps of 64 texts, rate {lr}")
     batches = ([token_pair(tok, *student_text(rng, step / steps, habits)) for _ in range(64)] for step in range(steps))
     held_out, started = make_problems(9999, 128, PEOPLE, NEEDED), time.time()
-    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
+    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, adamw(model, (0.9, 0.98), 0.01))):
         if step % 500 == 499 or step == steps - 1:
             log(f"student step {step + 1} loss {loss:.3f} {time.time() - started:.0f} s  greedy {probe(model, tok, held_out, 0.0)}  sampled {probe(model, tok, held_out, 1.0)}")
     save_model(model, tok, FOLDER / "student")
@@ -302,7 +302,7 @@ def make_reader(name: str, start: str, example: Callable[[random.Random, float],
     log(f"{name}: from toy/{start}, {steps} steps of {batch} texts, rate {lr}")
     batches = ([token_pair(tok, *example(rng, step / steps)) for _ in range(batch)] for step in range(steps))
     held_out, started = [example(random.Random(9999 + i), 1.0) for i in range(200)], time.time()
-    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, (0.9, 0.98), 0.01)):
+    for step, loss in enumerate(train_pairs(model, batches, steps, lr, schedule, 4096, adamw(model, (0.9, 0.98), 0.01))):
         if step % 250 == 249 or step == steps - 1:
             reader = TextModel(Sampler(model, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, partial(tok.decode, skip_special_tokens=True), 200)
             right = [written == target for written, (_, target) in zip(reader.generate([prompt for prompt, _ in held_out]), held_out)]

@@ -36,7 +36,7 @@ import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, flag, folder
-from data import Problem, Tokenizer, append_jsonl, check_room, data_file, file_hash, load_model, load_problems, problem_ids, save_model, template_hash, whole_turns
+from data import Problem, Tokenizer, append_jsonl, check_room, data_file, load_model, load_problems, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
@@ -312,7 +312,7 @@ def main(config: Config) -> None:
         if config.resume:
             cut_logs(out, state["step"])
         files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if run.held_out else [])
-        (out / "run.json").write_text(json.dumps(run_record(config, {str(f): file_hash(f) for f in files}, template_hash(run.tokenizer)), indent=1))
+        (out / "run.json").write_text(json.dumps(run_record(config, files, run.tokenizer), indent=1))
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
     say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + f", going on from {start}" * bool(start), flush=True)
     if state["step"] == 0 and run.held_out:

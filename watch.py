@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from data import Tokenizer, file_hash, template_hash
 from parallel import all_max, rank, world
 
 # ------------------------------------------------------------------------------------------------ why nothing is being learned
@@ -132,7 +133,7 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def run_record(config: object, data: dict[str, str], template: str) -> dict:
+def run_record(config: object, files: list[Path], tokenizer: Tokenizer) -> dict:
     """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files and of the chat template."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
@@ -147,7 +148,7 @@ def run_record(config: object, data: dict[str, str], template: str) -> dict:
     except FileNotFoundError:                                # no git here
         commit = ""
     return {"config": asdict(config), "command": sys.argv, "processes": world(), "versions": versions, "python": platform.python_version(), "commit": commit or None,
-            "machine": machine(), "data": data, "chat_template": template}
+            "machine": machine(), "data": {str(file): file_hash(file) for file in files}, "chat_template": template_hash(tokenizer)}
 
 
 def tracker(name: str, out: Path, config: object) -> Callable[[dict[str, float]], None]:

@@ -71,6 +71,16 @@ def test_the_last_ones_and_the_best_are_kept(small, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000005", "step_000006"]
 
 
+def test_one_that_a_kill_left_half_removed_goes_with_the_next_save(small, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, lose in ((1, "state.json"), (2, ""), (3, "")):
+        checkpoints.save(*small, step)
+        checkpoints.wait()
+        if lose:
+            (tmp_path / f"step_{step:06d}" / lose).unlink()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]               # without rewards there is no best one
+
+
 def spoil(checkpoint, how):
     file = next(checkpoint.glob("*.safetensors"))
     if how == "cut":

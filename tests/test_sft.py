@@ -2,7 +2,11 @@
 import itertools
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,10 +29,11 @@ from data import TiktokenTokenizer, chat_ids, file_hash, load_model, load_proble
 from gsrm import Step, decompose_prompt, format_steps, judge_prompt, parse_steps
 from rollout import Sampler, predictors
 from sft import Config, Example, Pair, hold_out, linear_schedule, load_examples, load_pairs, mean_loss, parse_config, shuffled, train_pairs
+from watch import Leave
 
 TOKENIZER = TiktokenTokenizer(dict(name="t", pattern=r" ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]", words=["Ann", " has", "yes", "no"], special=["<|im_end|>"], eos="<|im_end|>",
                                    pad="<|im_end|>", instruction="", chat_template="{% for m in messages %}{{ m.content }}:{% endfor %}"))
-EOS = TOKENIZER.eos_token_id
+EOS, ROOT = TOKENIZER.eos_token_id, Path(sft.__file__).parent
 BATCH: list[Pair] = [([1, 2, 3], [4, 5, EOS]), ([6], [7, 8, 9, 10, 11, EOS]), ([1, 2, 3, 4, 5, 6, 7, EOS, 9], [EOS]),
                      ([20, 21], [22, EOS])]                          # pad == eos, also in a prompt
 TARGETS = sum(len(t) for _, t in BATCH)
@@ -507,13 +512,77 @@ def test_main_reports_held_out_loss_and_keeps_the_best_epoch(tmp_path: Path, cap
         loss[keep] = mean_loss(load_model(tmp_path / keep)[0], held)
         note = json.loads((tmp_path / keep / "sft.json").read_text())
         tables[keep] = note["epochs"]
-        assert note["template"] == template_hash(TOKENIZER) and note["data"] == file_hash(tmp_path / "train.jsonl") and note["config"]["keep"] == keep
+        assert note["chat_template"] == template_hash(TOKENIZER) and note["config"]["keep"] == keep
+        assert note["data"] == {str(path): file_hash(path) for path in (tmp_path / "train.jsonl", tmp_path / "held.jsonl")}
     curve = [row["held_out"] for row in tables["best"]]
     assert tables["best"] == tables["last"] and [(row["epoch"], row["step"]) for row in tables["best"]] == [(e, 3 * e) for e in range(1, 13)]
     assert min(curve) < curve[-1] and loss["best"] == pytest.approx(min(curve), abs=1e-5) and loss["last"] == pytest.approx(curve[-1], abs=1e-5)
     out = capsys.readouterr()
     assert ("3 pairs held out (loss " in out.out and out.out.count("the best so far") >= 1
             and f"epoch 12, step 36: loss {tables['last'][-1]['loss']:.4f}, held out {curve[-1]:.4f}" in out.out)
+
+
+KILLED = """
+import os, runpy, signal, sys
+import data
+write, saved = data.save_model, []
+def cut_short(model, tokenizer, out, state=None):
+    write(model, tokenizer, out, state)
+    saved.append(out)
+    if len(saved) == 2:                                 # the second epoch that is the best so far
+        file = out / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+data.save_model = cut_short
+runpy.run_path("sft.py", run_name="__main__")
+"""
+
+
+def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Weights bitwise, losses of all epochs too; what was half written at the kill is written again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)                            # bitwise means the same number of threads in every process
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    path = file_of(tmp_path, *[{"prompt": f"Ann {i}", "target": f" has {i}"} for i in range(7)])
+    flags = f"--model {tmp_path}/start --data {path} --eval_share 0.3 --epochs 4 --batch_size 2 --lr 1e-2 --keep best --save_every 2 --device cpu --out".split()
+    sft.main(parse_config([*flags, str(tmp_path / "straight")]))
+    end = lambda name: (json.loads((tmp_path / name / "sft.json").read_text())["epochs"], [p.detach() for p in load_model(tmp_path / name)[0].parameters()])
+    table, weights = end("straight")
+    assert [row["step"] for row in table] == [2, 5, 8, 10] and table[0]["held_out"] > table[1]["held_out"] and not (tmp_path / "straight/checkpoints").exists()
+
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = subprocess.run([sys.executable, tmp_path / "killed.py", *flags, tmp_path / "killed"], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "killed/model.safetensors").stat().st_size == 1000, killed.stderr[-2000:]
+    with pytest.raises(ValueError, match="choose another --out, or go on with --resume auto"):
+        sft.main(parse_config([*flags, str(tmp_path / "killed")]))
+    with pytest.raises(ValueError, match="--lr was 0.01, is 0.1"):
+        sft.main(parse_config([*flags, str(tmp_path / "killed"), "--resume", "auto", "--lr", "0.1"]))
+
+    real = sft.train_pairs
+
+    def told(*arguments: object) -> Iterator[float]:
+        for step, loss in enumerate(real(*arguments), arguments[7] + 1):
+            if step in (5, 7):                          # the first is the end of an epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield loss
+    capsys.readouterr()
+    for name, stops in (("killed", ()), ("told", (5, 7))):
+        monkeypatch.setattr(sft, "train_pairs", told if stops else real)
+        for step in stops:
+            with pytest.raises(Leave, match=f"SIGTERM: stopped after step {step}; go on with --resume auto"):
+                sft.main(parse_config([*flags, str(tmp_path / name), "--resume", "auto"]))
+            assert not (tmp_path / name / "sft.json").exists()
+        sft.main(parse_config([*flags, str(tmp_path / name), "--resume", "auto"]))
+        again, after = end(name)
+        assert again == table and all(torch.equal(a, b) for a, b in zip(weights, after, strict=True)), name
+    said = capsys.readouterr().out
+    killed_at, *told_at = [int(n) for n in re.findall(r"going on from \S+step_0*(\d+)", said)]
+    assert killed_at in (2, 4) and told_at == [5, 7]                        # the one of step 4 may not have been through when the kill came
+    with pytest.raises(ValueError, match="holds a checkpoint or a run already: choose another --out$"):
+        sft.main(parse_config([*flags, str(tmp_path / "told"), "--resume", "auto"]))             # it is through
+    torch.set_num_threads(before)
 
 
 def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path, alone: None) -> None:
@@ -549,7 +618,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, seen: dict[str, lis
     flags = f"--model {tmp_path}/start --data {path} --eval_share 0.4 --epochs 3 --batch_size 3 --max_tokens 1 --lr 3e-3 --keep best --device cpu --out {tmp_path}/".split()
     sft.main(parse_config([*flags[:-1], flags[-1] + "one"]))
     code, said, _ = torchrun(2, tmp_path / "norms.py", *flags[:-1], flags[-1] + "two", "--offload", "True", "--gradient_checkpointing")
-    assert code == 0 and said.count("last loss") == 1, said[-3000:]
+    assert code == 0 and said.count("loss of the last epoch") == 1, said[-3000:]
     norms = [torch.stack([g.norm() for g in step]).norm().item() for step in seen["gradient"]]
     for rank in (0, 1):
         assert [float(word) for word in re.findall(rf"norm ([0-9.]+) of rank {rank}", said)] == pytest.approx(norms, rel=1e-3)
@@ -572,7 +641,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(capsys: pytest.Ca
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--preset", "paper"], "--preset paper: choose one of none, paper-gsrm"), (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
-    (["--task", "judge"], "--task: invalid choice: 'judge'"), (["--keep", "best"], "--keep best needs held-out pairs"),
+    (["--task", "judge"], "--task: invalid choice: 'judge'"), (["--keep", "best"], "--keep 'best': needs held-out pairs"),
     (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"), (["--out", "m"], "--out 'm': a folder, another one than --model"),
     (["--eval_share", "0.1", "--eval_data", "x"], "--eval_share 0.1: not --eval_data too"), (["--batch_size", "0"], "'0' is not a whole number of 1 or more"),
     (["--eval_share", "1"], "'1' is not a finite number in [0, 1)"), (["--warmup", "1.1"], "'1.1' is not a finite number in [0, 1]"),
