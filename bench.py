@@ -33,6 +33,7 @@ import logprob
 import peers
 from command import Parser, at_least, ending
 from peers import LENGTH, PEER_ERRORS, Case
+from watch import machine
 
 SHAPES = {"1.5b": (1536, 151936), "1.7b": (2048, 151936), "7b": (3584, 152064), "tiny": (64, 4099)}      # (D, V) of Qwen2.5-1.5B, Qwen3-1.7B, Qwen2.5-7B
 
@@ -195,7 +196,7 @@ def bench_logprob(args: argparse.Namespace) -> None:
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     shapes = args.shape or (["1.5b", "1.7b", "7b"] if gpu else ["tiny"])
     counts = args.rows or ([2048, 8192, 32768] if gpu else [256, 1024])
-    print(torch.cuda.get_device_name() if gpu else "CPU (memory and errors only)", f"torch {torch.__version__}", str(dtype),
+    print(machine() + " (memory and errors only)" * (not gpu), f"torch {torch.__version__}", str(dtype),
           f"triton {logprob.triton.__version__ if logprob.triton else 'absent'}", f"temperature {args.temperature}", f"{args.rounds} rounds", sep=", ")
     for shape in shapes:
         for N in counts:

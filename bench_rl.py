@@ -34,6 +34,7 @@ from grade import grade_all
 from peers import PEER_ERRORS, Job
 from rollout import Sampler
 from scorer import load_gsrm
+from watch import machine
 
 T = TypeVar("T")
 MODELS = {"toy": (64, 3, 4, 4, 128, 553), "10m": (256, 8, 8, 4, 1024, 8192),                    # hidden, layers, heads, kv heads, MLP, V
@@ -44,8 +45,8 @@ def start_clock(args: argparse.Namespace) -> str:
     """-> the machine, in words. --cpu_time: all clocks, train.py's too, show CPU seconds of this process."""
     if args.cpu_time:
         time.perf_counter = time.time = time.process_time
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return ", ".join((machine, f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
+    threads = [] if torch.cuda.is_available() else [f"{torch.get_num_threads()} threads"]
+    return ", ".join((machine(), *threads, f"torch {torch.__version__}", *["CPU time"] * args.cpu_time))
 
 
 class LiveBytes(TorchDispatchMode):

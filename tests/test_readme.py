@@ -23,7 +23,7 @@ MADE_SMALL = {   # command, up to where it is told apart -> what is put behind i
     "python train.py --w_structure 0": SMALL, "python train.py --resume auto": SMALL, "python train.py --help": "", "python train.py --teacher": SMALL,
     "python train.py --structure_reward": SMALL, "python sft.py --model toy/student": "--limit 8 --epochs 1", "python eval.py --model out/toy/model": "--limit 2 --k 2",
     "python eval.py rescore": "FILE.jsonl -> out/toy/eval_after.jsonl", "python eval.py compare out/toy": "", "python eval.py show": "--step 40 -> --step 1",
-    "python eval.py show out/toy/eval_after": "--problem 11-78-2-18 --sample 3 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
+    "python eval.py show out/toy/eval_after": "--problem 11-78-2-41 --sample 5 -> ", "python eval.py plot": "", "python gsrm.py eval toy": "--limit 32 -> --limit 2",
     "python checkpoint.py": "step_000200 -> step_000002", "torchrun --nproc_per_node 2": "--steps 5 -> " + SMALL,
     "python bench.py rollout": "--model toy --rows 8 --max_new_tokens 9 --rounds 1", "python study.py report": "", "python train.py": SMALL,
 }
