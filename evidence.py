@@ -8,6 +8,7 @@ on the claimed side of 0), not supported (on the other side), or undecided (0 is
 """
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,7 +251,9 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                                [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "reader gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
                                                 for arm in mine if len(values(runs, regime, arm, "reader gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
-    made["study-size"] = f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation, on a machine that did other things too."
+    machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (older lines name none)") for row in rows)
+    made["study-size"] = (f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation on one core each, beside other work: "
+                          + "; ".join(f"{count} on {name}" for name, count in sorted(machines.items())) + ".")
     minutes = lambda *keys: sum(row["seconds"] for key in keys for row in runs[key].values()) / 60
     made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 2, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
                                       f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`, "
