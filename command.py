@@ -9,6 +9,7 @@ Errors that are nobody's input (a bug, a full GPU) keep their traceback. Left ou
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,17 +43,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (all flags: {self.prog} --help)\n")
 
 
-def flag(default, text: str, interval: str = "(-inf, inf)"):
-    """A dataclass field that becomes a flag: its help text and, of a number, where it has to lie, as in "[0, 1)"."""
-    return field(default=default, metadata={"help": text, "interval": interval})
+def flag(default, text: str, interval: str = ""):
+    """A dataclass field that becomes a flag: its help text and, of a number, where it has to lie, as in "[0, 1)"; the help says both."""
+    return field(default=default, metadata={"help": text + f", in {interval}" * bool(interval)})
 
 
 class ConfigParser(Parser, HfArgumentParser):
-    """The same, with flags from a dataclass: numbers are checked against their intervals, Literal fields against their values."""
+    """The same, with flags from a dataclass: numbers are checked against the interval that their help ends with, Literal fields against their values."""
 
-    def add_argument(self, *names: str, interval: str = "", **settings) -> argparse.Action:
+    def add_argument(self, *names: str, **settings) -> argparse.Action:
         if settings.get("type") in (int, float):
-            settings["type"] = number(settings["type"], interval, settings.get("help", ""))
+            about, interval = re.fullmatch(r"(.*?)(?:, in ([(\[]\S+, \S+[)\]]))?", settings.get("help", "")).groups()
+            settings["type"] = number(settings["type"], interval or "(-inf, inf)", about)
         return super().add_argument(*names, **settings)
 
     def parse_with(self, presets: dict[str, dict], argv: list[str] | None) -> dict:

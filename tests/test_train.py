@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, HfArgumentParser, Qwen2Config
 
 import reward
 import train
@@ -225,6 +225,14 @@ def test_bad_flags_end_with_one_line_that_says_what_to_change(flags, says, capsy
     with pytest.raises(SystemExit) as stop:
         train.parse_config(flags)
     assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_help_says_where_a_number_has_to_lie_and_transformers_own_parser_takes_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ratio is clipped below 1 - clip_low, in [0, 1) (default: 0.2)" in said and "{gdpo,sum}" in said
+    assert HfArgumentParser(train.Config).parse_args_into_dataclasses(["--clip_low", "0.1"])[0].clip_low == 0.1
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(data, straight):
