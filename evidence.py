@@ -251,7 +251,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                                [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "reader gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
                                                 for arm in mine if len(values(runs, regime, arm, "reader gap")) and "true" not in arm and arm != "line similarity"])
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
-    machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (older lines name none)") for row in rows)
+    machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (their lines do not say which)") for row in rows)
     made["study-size"] = (f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation on one core each, beside other work: "
                           + "; ".join(f"{count} on {name}" for name, count in sorted(machines.items())) + ".")
     minutes = lambda *keys: sum(row["seconds"] for key in keys for row in runs[key].values()) / 60
