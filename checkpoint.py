@@ -106,7 +106,8 @@ def spare(folder: Path, keep: int) -> list[Path]:
         return -math.inf if not note.exists() or (found := json.loads(note.read_text()).get("reward")) is None else found
 
     older = sorted(folder.glob("step_*"))[:-keep]
-    best = max((path for path in older if reward(path) > -math.inf), key=lambda path: (reward(path), path.name), default=None)
+    rewards = {path: reward(path) for path in older}
+    best = max((path for path in older if rewards[path] > -math.inf), key=lambda path: (rewards[path], path.name), default=None)
     return [path for path in older if path != best]
 
 
