@@ -19,35 +19,44 @@ from plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pictures
 
 Runs = dict[tuple[str, str], dict[int, dict]]             # (regime, arm) -> seed -> its line of the results file
 DIGITS = {"length": 0, "paths": 1}
-COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": SKY, "structure only": GREEN, "sft 512": PURPLE, "sft 8192": ORANGE}
-CLAIMS = (   # what the paper says or implies, arm, against, figure
-    ("RLKD is more accurate than outcome-only GRPO (paper, table of AIME24: pass@1)", "rlkd", "grpo", "sampled"),
-    ("... and one greedy answer is too", "rlkd", "grpo", "greedy"),
-    ("... and at pass@64 (guesses not counted)", "rlkd", "grpo", "found@64"),
-    ("RLKD's pass@64 is above the base's: it finds what the base does not", "rlkd", "base", "found@64"),
-    ("RLKD follows the teacher's structure more than GRPO does", "rlkd", "grpo", "structure"),
-    ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
-    ("RLKD is more accurate than SFT on the same teacher traces", "rlkd", "sft 512", "sampled"),
-    ("... and at pass@64 (guesses not counted)", "rlkd", "sft 512", "found@64"),
+COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": SKY, "structure only": GREEN, "sft 512": PURPLE, "sft 8192": ORANGE,
+          "sft 512 -> grpo": "#8c564b", "sft 512 -> rlkd": "#000000"}
+READ = {"rlkd": BLUE, "structure only": GREEN, "rlkd, 8 problems": ORANGE, "rlkd, 32 problems": SKY, "rlkd, 128 problems": RED, "sft 512 -> rlkd": "#000000"}   # by GSRM
+CLAIMS = (   # what the paper reports or says, arm, against, figure
+    ("RLKD beats GRPO after SFT (paper: AIME24 pass@1, of a distilled student)", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
+    ("... and at pass@64 (paper: the same student; here guesses do not count)", "sft 512 -> rlkd", "sft 512 -> grpo", "found@64"),
+    ("RLKD without SFT beats SFT (paper: RLKD-Zero, AIME24 pass@1, against an Instruct model of other data)", "rlkd", "sft 512", "sampled"),
+    ("0.1 % of the data are enough, given a reward model: RLKD on 8 problems against SFT on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
     ("RLKD follows the teacher's structure more than SFT does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
-    ("0.1 % of the data are enough: RLKD on 8 problems against SFT on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
-    ("RLKD beats GRPO on larger problems", "rlkd", "grpo", "larger"),
-    ("... and on a wording never seen", "rlkd", "grpo", "other"),
-    ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
-    ("RL from the base beats RL after SFT (RLKD-Zero)", "rlkd", "sft 512 -> rlkd", "sampled"),
-    ("After SFT, RLKD beats GRPO", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
+    ("... also where it comes after SFT", "sft 512 -> rlkd", "sft 512", "structure"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
+    ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
 )
-BEYOND = (   # what we added or asked
+BEYOND = (   # what we asked besides, or added
+    ("From the base, RLKD beats GRPO", "rlkd", "grpo", "sampled"),
+    ("... without guesses", "rlkd", "grpo", "found@1"),
+    ("... and with one greedy answer", "rlkd", "grpo", "greedy"),
+    ("... and at pass@64 without guesses", "rlkd", "grpo", "found@64"),
+    ("... and on larger problems", "rlkd", "grpo", "larger"),
+    ("... and on a wording never seen", "rlkd", "grpo", "other"),
+    ("RLKD follows the teacher's structure more than GRPO does", "rlkd", "grpo", "structure"),
+    ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
+    ("GRPO finds more different walks than RLKD", "grpo", "rlkd", "paths"),
+    ("RLKD's pass@64 without guesses is above the base's", "rlkd", "base", "found@64"),
+    ("... and above that of SFT on the same traces", "rlkd", "sft 512", "found@64"),
+    ("On a wording never seen, RLKD keeps what the base can do", "rlkd", "base", "other"),
+    ("RLKD after SFT improves on that SFT student", "sft 512 -> rlkd", "sft 512", "sampled"),
+    ("GRPO after SFT does", "sft 512 -> grpo", "sft 512", "sampled"),
+    ("RLKD from the base beats RLKD after SFT", "rlkd", "sft 512 -> rlkd", "sampled"),
     ("The reward model's mistakes cost accuracy: true structure against GSRM", "rlkd, true structure", "rlkd", "sampled"),
     ("All teacher traces beat one", "rlkd", "rlkd, one teacher", "sampled"),
     ("GDPO beats the plain sum of the rewards", "rlkd, true structure", "plain sum", "sampled"),
     ("The structure reward over the teacher's number of steps beats the raw sum (both in a plain sum)", "plain sum", "plain sum of raw", "sampled"),
+    ("The preset's structure : outcome 4 beats 1", "rlkd, true structure", "structure : outcome 1", "sampled"),
     ("RLKD beats on-policy distillation from an SFT teacher model", "rlkd", "distillation", "sampled"),
     ("... and on-policy distillation of a student that SFT has taught the teacher's voice", "rlkd", "sft 512 -> distillation", "sampled"),
     ("RLKD beats GRPO with that distillation", "rlkd", "grpo + distillation", "sampled"),
-    ("GRPO finds more different right walks than RLKD", "grpo", "rlkd", "paths"),
 )
 
 
@@ -69,12 +78,28 @@ def gains(runs: Runs, regime: str, arm: str, against: str, name: str) -> np.ndar
     return np.array([a[seed][name] - b[seed][name] for seed in sorted(a.keys() & b.keys()) if None not in (a[seed].get(name), b[seed].get(name))], dtype=float)
 
 
+def spread(sample: np.ndarray) -> bool:
+    """Do the seeds differ, by more than rounding?"""
+    return bool(np.ptp(sample) > 1e-9)
+
+
 def cell(sample: np.ndarray, digits: int = 2, sign: str = "") -> str:
     """Mean and half the interval's width."""
     if not len(sample):
         return ""
     mean, _, low, _ = mean_interval(sample)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {mean - low:.{digits}f}" if np.isfinite(low) and sample.std() else "")          # alike for all seeds: there is no spread to tell
+    return f"{mean:{sign}.{digits}f}" + (f" ± {mean - low:.{digits}f}" if np.isfinite(low) and spread(sample) else "")          # alike for all seeds: there is no spread to tell
+
+
+def noted(sample: np.ndarray, digits: int, of: int, sign: str = "") -> str:
+    """The same, with the number of seeds where not all `of` them have the figure."""
+    return cell(sample, digits, sign) + f" ({len(sample)} seed{'s' * (len(sample) > 1)})" * (0 < len(sample) < of)
+
+
+def reader_gap(runs: Runs, regime: str, arm: str) -> np.ndarray:
+    """The run's structure reward minus the true one over its last 20 training steps, of every seed."""
+    curves = [row["curve"] for _, row in sorted(runs.get((regime, arm), {}).items()) if "structure" in row.get("curve", {})]
+    return np.array([np.mean(np.subtract(curve["structure"], curve["true_structure"], dtype=float)[-2:]) for curve in curves])
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -85,15 +110,14 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 def arms_table(runs: Runs, regime: str, arms: list[str], metrics: dict[str, str]) -> str:
     """An arm a line: seeds, and every figure with its interval."""
     def figures(arm: str) -> list[str]:
-        samples = [(values(runs, regime, arm, name), DIGITS.get(name.split()[-1], 2)) for name in metrics]
-        return [cell(sample, digits) + f" ({len(sample)} seeds)" * (0 < len(sample) < len(runs[regime, arm])) for sample, digits in samples]
+        return [noted(values(runs, regime, arm, name), DIGITS.get(name.split()[-1], 2), len(runs[regime, arm])) for name in metrics]
     return table(["arm", "seeds", *metrics.values()], [[arm, str(len(runs[regime, arm])), *figures(arm)] for arm in arms if (regime, arm) in runs])
 
 
 def against_table(runs: Runs, regime: str, arms: list[str], against: str, names: dict[str, str]) -> str:
     """Differences to one arm, paired by seed."""
-    lines = [[arm, str(len(gains(runs, regime, arm, against, "sampled")))] + [cell(gains(runs, regime, arm, against, name), DIGITS.get(name, 2), "+") for name in names]
-             for arm in arms if arm != against and len(gains(runs, regime, arm, against, "sampled")) > 1]
+    lines = [[arm, str(n)] + [noted(gains(runs, regime, arm, against, name), DIGITS.get(name, 2), n, "+") for name in names]
+             for arm in arms if arm != against and (n := len(gains(runs, regime, arm, against, "sampled"))) > 1]
     return table([f"arm - {against}", "seeds", *names.values()], lines)
 
 
@@ -102,7 +126,9 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
     def judged(arm: str, against: str, name: str, regime: str) -> str:
         sample = gains(runs, regime, arm, against, name)
         if len(sample) < 2:
-            return "not run"
+            return "one seed" if len(sample) else "not run"
+        if not spread(sample):
+            return f"the same difference in every seed: {cell(sample, DIGITS.get(name, 2) + 1, '+')} ({len(sample)} seeds)"
         _, _, low, high = mean_interval(sample)
         word = "**supported**" if low > 0 else "**not supported**" if high < 0 else "undecided"
         return f"{word}: {cell(sample, DIGITS.get(name, 2) + 1, '+')} ({len(sample)} seeds)"
@@ -110,12 +136,19 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
                                                  for text, arm, against, name in claims])
 
 
+def reader_table(runs: Runs, regime: str) -> str:
+    """How GSRM agrees with the truth at the end of training."""
+    lines = [[arm, str(n := len(runs[regime, arm])), noted(reader_gap(runs, regime, arm), 3, n, "+"), noted(values(runs, regime, arm, "r"), 2, n)]
+             for arm in READ if (regime, arm) in runs]
+    return table(["arm", "seeds", "GSRM's reward - true one", "r of the two"], lines)
+
+
 def levels_table(runs: Runs, levels: dict[str, str]) -> str:
-    """Base, GRPO, RLKD over the difficulties: sampled accuracy and RLKD - GRPO, then what GRPO and RLKD find and how they get there."""
-    each = lambda name, figure: [cell(values(runs, name, arm, figure)) for arm in ("base", "grpo", "rlkd")]
-    lines = [[text, str(len(gain := gains(runs, name, "rlkd", "grpo", "sampled"))), *each(name, "sampled"), cell(gain, 2, "+"), *each(name, "found@64"), *each(name, "structure")]
+    """Base, GRPO, RLKD over the difficulties: sampled accuracy and RLKD - GRPO, then what of it is no guess, and how they get there."""
+    each = lambda name, figure: [noted(values(runs, name, arm, figure), 2, len(runs.get((name, arm), {}))) for arm in ("base", "grpo", "rlkd")]
+    lines = [[text, str(len(gain := gains(runs, name, "rlkd", "grpo", "sampled"))), *each(name, "sampled"), cell(gain, 2, "+"), *each(name, "found@1"), *each(name, "structure")]
              for name, text in levels.items() if (name, "base") in runs]
-    return table(["people needed", "seeds", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "pass@64 without guesses: base", "grpo", "rlkd",
+    return table(["people needed", "seeds", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "without guesses: base", "grpo", "rlkd",
                   "true structure: base", "grpo", "rlkd"], lines)
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -128,104 +161,133 @@ def band(axes, x: list, samples: list[np.ndarray], color: str, label: str, line:
     axes.fill_between(x, [max(0, f[2]) for f in found], [min(1, f[3]) for f in found], where=[np.isfinite(f[2]) for f in found], color=color, alpha=0.18, linewidth=0)
 
 
-def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabel: str, **more) -> None:
-    """One picture with a panel a regime; draw(axes, regime)."""
+def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabels: dict[str, str], **more) -> None:
+    """One picture with a panel a regime, a row of them a figure: draw(axes, regime, figure) for each of ylabels."""
     plt = pictures()
-    figure, grid = plt.subplots(1, len(regimes), figsize=(4.8 * len(regimes), 3.9), sharey=True, constrained_layout=True, squeeze=False)
-    for axes, regime in zip(grid[0], regimes):
-        draw(axes, regime)
-        axes.set(xlabel=xlabel, title=regime, **more)
-        if axes.get_xscale() == "log":
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.grid(alpha=0.3)
-        if not axes.lines:
-            axes.text(0.5, 0.5, "no runs yet", transform=axes.transAxes, ha="center", color="0.5")
-    grid[0][0].set_ylabel(ylabel)
-    handles = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure, grid = plt.subplots(len(ylabels), len(regimes), figsize=(4.8 * len(regimes), 0.7 + 3.2 * len(ylabels)), sharey=True, constrained_layout=True, squeeze=False)
+    for i, (row, (name, ylabel)) in enumerate(zip(grid, ylabels.items())):
+        for axes, regime in zip(row, regimes):
+            if not draw(axes, regime, name):
+                axes.text(0.5, 0.5, "no runs yet", transform=axes.transAxes, ha="center", color="0.5")
+            axes.set(xlabel=xlabel if i == len(grid) - 1 else "", title="" if i else regime, **more)
+            if axes.get_xscale() == "log":
+                axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(ylabel)
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def draw_curves(runs: Runs, path: Path) -> None:
-    def draw(axes, regime: str) -> None:
-        for arm in [a for a in COLORS if any("curve" in row for row in runs.get((regime, a), {}).values())]:
-            curves = np.array([row["curve"]["outcome"] for row in runs[regime, arm].values() if "curve" in row])
-            band(axes, [10 * i + 5 for i in range(curves.shape[1])], list(curves.T), COLORS[arm], arm)
-    side_by_side(path, ("sparse", "dense"), draw, "step", "accuracy of the training rollouts", ylim=(0, 1))
+    def draw(axes, regime: str, name: str) -> bool:
+        curves = {arm: [row["curve"][name] for row in runs.get((regime, arm), {}).values() if name in row.get("curve", {})] for arm in COLORS}
+        for arm, lines in curves.items():
+            if lines:
+                band(axes, [10 * i + 5 for i in range(len(lines[0]))], list(np.array(lines, dtype=float).T), COLORS[arm], arm)
+        return any(curves.values())
+    side_by_side(path, ("sparse", "dense"), draw, "step", {"outcome": "accuracy of the training rollouts", "true_structure": "their true structure"}, ylim=(0, 1))
 
 
 def draw_data(runs: Runs, path: Path) -> None:
-    def draw(axes, regime: str) -> None:
+    def draw(axes, regime: str, name: str) -> bool:
         sft, rlkd = {n: f"sft {n}" for n in (32, 128, 512, 2048, 8192)}, {n: f"rlkd, {n} problems" for n in (8, 32, 128)} | {512: "rlkd"}
         for label, color, arms in (("SFT", COLORS["sft 512"], sft), ("RLKD", COLORS["rlkd"], rlkd)):
             there = [n for n, arm in arms.items() if (regime, arm) in runs]
             if there:
-                band(axes, there, [values(runs, regime, arms[n], "sampled") for n in there], color, label)
+                band(axes, there, [values(runs, regime, arms[n], name) for n in there], color, label)
         for arm in ("base", "grpo"):
             if (regime, arm) in runs:
                 line, label = (":", "base") if arm == "base" else ("--", "grpo, 512 problems")
-                axes.axhline(values(runs, regime, arm, "sampled").mean(), color=COLORS[arm], linestyle=line, label=label)
-    side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", "accuracy, sampled", xlim=(6, 11000), xscale="log", ylim=(0, 1))
+                axes.axhline(values(runs, regime, arm, name).mean(), color=COLORS[arm], linestyle=line, label=label)
+        return bool(axes.lines)
+    side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", {"sampled": "accuracy, sampled"}, xlim=(6, 11000), xscale="log", ylim=(0, 1))
 
 
 def draw_pass(runs: Runs, path: Path) -> None:
-    def draw(axes, regime: str) -> None:
-        for arm in [a for a in COLORS if (regime, a) in runs]:
-            sizes = [2**i for i in range(7)]
-            band(axes, sizes, [values(runs, regime, arm, f"found@{k}") for k in sizes], COLORS[arm], arm)
+    def draw(axes, regime: str, name: str) -> bool:
+        sizes = [2**i for i in range(7)]
+        for arm in COLORS:
+            if len(values(runs, regime, arm, f"{name}@64")):
+                band(axes, sizes, [values(runs, regime, arm, f"{name}@{k}") for k in sizes], COLORS[arm], arm)
         axes.set_xscale("log", base=2)
-    side_by_side(path, ("sparse", "dense"), draw, "k samples", "pass@k without guesses", xlim=(0.9, 72), ylim=(0, 1.02))
+        return bool(axes.lines)
+    side_by_side(path, ("sparse", "dense"), draw, "k samples", {"found": "pass@k without guesses"}, xlim=(0.9, 72), ylim=(0, 1.02))
 
 
 def draw_left(runs: Runs, path: Path) -> None:
-    """Where students leave every teacher branch: an arm a line, a step a column."""
-    plt, regimes = pictures(), ("sparse", "dense")
-    shown = {*COLORS, "sft 512 -> grpo", "sft 512 -> rlkd", "sft 512 -> distillation", "line similarity"}
-    arms = {regime: [arm for r, arm in runs if r == regime and arm in shown] for regime in regimes}
-    figure, grid = plt.subplots(1, 2, figsize=(11, 0.9 + 0.36 * max(map(len, arms.values()))), constrained_layout=True, squeeze=False)
+    """Where students leave every teacher branch: an arm a line, a step a column; then those who never do, and those who say no step."""
+    plt, regimes, rest = pictures(), ("sparse", "dense"), ("never left", "stayed and found", "no steps")
+    shown = {*COLORS, "sft 512 -> distillation", "line similarity", "structure : outcome 1/4"}
+    whole = {key: [row for row in seeds.values() if not set(rest) - set(row)] for key, seeds in runs.items()}
+    arms = {regime: [arm for r, arm in runs if r == regime and arm in shown and whole[r, arm]] for regime in regimes}
+    figure, grid = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(1, *map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):
-        width = min(14, max((len(row["left"]) for arm in arms[regime] for row in runs[regime, arm].values()), default=1))
-        share = lambda row, width=width: (row["left"] + [0.0] * width)[:width] + [row["never left"]]
+        width = min(12, max((len(row["left"]) for arm in arms[regime] for row in whole[regime, arm]), default=1))
+
+        def share(row: dict, width: int = width) -> list[float]:
+            return (row["left"] + [0.0] * width)[:width] + [row["stayed and found"], row["never left"] - row["stayed and found"], row["no steps"]]
         if not arms[regime]:
             axes.axis("off")
+            axes.text(0.5, 0.5, f"{regime}: not measured yet", ha="center", color="0.5")
             continue
-        image = axes.imshow([np.mean([share(row) for row in runs[regime, arm].values()], axis=0) for arm in arms[regime]], cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(width + 1), [*map(str, range(1, width + 1)), "never"], fontsize=8)
+        image = axes.imshow([np.mean([share(row) for row in whole[regime, arm]], axis=0) for arm in arms[regime]], cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(width + 3), [*map(str, range(1, width + 1)), "stays, answers", "stays, does not", "no step"], fontsize=8)
+        for label in axes.get_xticklabels()[-3:]:
+            label.set_rotation(90)
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
-        axes.set(title=regime, xlabel="step at which the student leaves every teacher branch")
+        axes.set(title=regime, xlabel="step with a reason that no teacher trace has there")
         figure.colorbar(image, ax=axes, label="share of samples")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def draw_reader(runs: Runs, path: Path) -> None:
+    """Reward hacking, if there is any: GSRM's structure reward minus the true one over the steps, a line a seed."""
+    def draw(axes, regime: str, name: str) -> bool:
+        for arm, color in READ.items():
+            for curve in [row["curve"] for _, row in sorted(runs.get((regime, arm), {}).items()) if name in row.get("curve", {})]:
+                gap = np.subtract(curve[name], curve["true_structure"], dtype=float)
+                axes.plot([10 * i + 5 for i in range(len(gap))], gap, color=color, linewidth=1, alpha=0.8, label=arm)
+        return bool(axes.lines)
+    side_by_side(path, ("sparse", "dense"), draw, "step", {"structure": "GSRM's reward - true one"})
+
+
 def draw_levels(runs: Runs, path: Path) -> None:
-    """Gain of RLKD over GRPO against the base's success rate, a point a difficulty."""
-    plt = pictures()
-    figure, axes = plt.subplots(figsize=(5.6, 3.9), constrained_layout=True)
-    for regime in dict.fromkeys(r for r, _ in runs):
-        gain, base = gains(runs, regime, "rlkd", "grpo", "sampled"), values(runs, regime, "base", "sampled")
-        if len(gain) and len(base):
+    """Gain of RLKD over GRPO against the base's success rate, a point a difficulty; and the three of them, level by level."""
+    plt, levels = pictures(), [level for level in LEVELS if (level, "base") in runs]
+    figure, (against, each) = plt.subplots(1, 2, figsize=(10.4, 3.9), constrained_layout=True)
+    for level in levels:
+        gain, base = gains(runs, level, "rlkd", "grpo", "sampled"), values(runs, level, "base", "sampled")
+        if len(gain):
             mean, _, low, _ = mean_interval(gain)
-            axes.errorbar(base.mean(), mean, yerr=mean - low if np.isfinite(low) else None, marker="o", color=COLORS["rlkd"], capsize=3)
-            side = dict(xytext=(7, 5)) if base.mean() < 0.5 else dict(xytext=(-4, 7), ha="right")
-            axes.annotate(LEVELS[regime], (base.mean(), mean), textcoords="offset points", fontsize=9, **side)
-    axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO", title="people needed, of how many",
-             xlim=(0.08, 1.02), xscale="log")
-    axes.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1.0"])
-    axes.xaxis.minorticks_off()
-    axes.grid(alpha=0.3)
+            against.errorbar(base.mean(), mean, yerr=mean - low if np.isfinite(low) else None, marker="o", color=COLORS["rlkd"], capsize=3)
+            easy = base.mean() > 0.8
+            against.annotate(LEVELS[level], (base.mean(), mean), textcoords="offset points", xytext=(4, -14) if easy else (7, 5), ha="right" if easy else "left", fontsize=9)
+    against.axhline(0, color="0.5", linewidth=0.8)
+    against.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO",
+                title="a point a level: people needed of how many", xlim=(0.08, 1.05), xscale="log")
+    against.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1.0"])
+    against.xaxis.minorticks_off()
+    for arm in ("base", "grpo", "rlkd"):
+        there = [i for i, level in enumerate(levels) if (level, arm) in runs]
+        band(each, there, [values(runs, levels[i], arm, "sampled") for i in there], COLORS[arm], arm)
+    each.set_xticks(range(len(levels)), [LEVELS[level] for level in levels])
+    each.set(xlabel="people needed of how many", ylabel="accuracy, sampled", ylim=(0, 1.02))
+    each.legend(frameon=False)
+    for axes in (against, each):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left": draw_left, "levels": draw_levels}
+PICTURES = {"curves": draw_curves, "data": draw_data, "pass": draw_pass, "left": draw_left, "levels": draw_levels, "reader": draw_reader}
 
 # ------------------------------------------------------------------------------------------------ the page
 
-METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@64": "pass@64 without guesses", "structure": "true structure", "choice": "choice",
-           "answer": "answer on the branch", "paths": "right walks", "length": "length"}
+METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampled, no guesses", "found@64": "pass@64, no guesses", "structure": "true structure",
+           "choice": "choice", "answer": "answer on the branch", "paths": "walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
 LEVELS = {"5-people": "2-3 of 5", "7-people": "3-4 of 7", "dense": "4-6 of 9", "sparse": "7-8 of 11", "13-people": "9-10 of 13"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse", "sparse", "rlkd", "grpo"), ("RLKD - GRPO where they are dense", "dense", "rlkd", "grpo"),
@@ -244,12 +306,10 @@ def blocks(rows: list[dict]) -> dict[str, str]:
         for name in ELSEWHERE:                             # 16 samples there, 64 on problems as trained
             places = {m: (name if m == "sampled" else f"{name} {m}").replace("@64", "@16") for m in METRICS}
             made[f"study-{regime}-{name}"] = arms_table(runs, regime, mine, {places[m]: METRICS[m].replace("@64", "@16") for m in METRICS})
-        made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", named("sampled", "greedy", "found@64", "structure", "choice", "larger", "other"))
+        made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", named("sampled", "greedy", "found@1", "found@64", "structure", "choice", "larger", "other"))
         made[f"study-{regime}-rewards"] = against_table(runs, regime, [arm for arm in REWARDS if arm in arms], "rlkd, true structure",
-                                                        named("sampled", "greedy", "found@64", "structure", "length"))
-        made[f"study-{regime}-reader"] = table(["arm", "seeds", "GSRM's reward - true one", "r of the two"],
-                                               [[arm, str(len(runs[regime, arm])), cell(values(runs, regime, arm, "reader gap"), 3, "+"), cell(values(runs, regime, arm, "r"))]
-                                                for arm in mine if len(values(runs, regime, arm, "reader gap")) and "true" not in arm and arm != "line similarity"])
+                                                        named("sampled", "greedy", "found@1", "structure", "choice", "paths", "length"))
+        made[f"study-{regime}-reader"] = reader_table(runs, regime)
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
     machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (their lines do not say which)") for row in rows)
     made["study-size"] = (f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation on one core each, beside other work: "
@@ -259,7 +319,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                       f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`, "
                                       f"{minutes((regime, arm), (regime, other)):.0f} minutes of one core"
                                       for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled"))) or "*no runs yet*"
-    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@64", "structure", "larger", "other"))
+    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made
 
 

@@ -128,21 +128,21 @@ def print_table(columns: dict[str, dict[str, tuple]], errors: bool = False) -> N
         print(f"{metric:<28}" + "".join(f"{cell(*c[metric]) if metric in c else '-':>{width}}" for c in columns.values()))
 
 
-def answers_right(row: dict) -> list[bool]:
-    """Of each step that follows the teacher, is the answer the teacher's too: a half earned with the right sub-problem lost its other half here."""
-    return [earned == 1 or earned == 0.5 and not chosen for (*_, earned), chosen in zip(row["steps"] or [], row["choices"] or []) if earned]
+def answers_right(row: dict) -> list[bool | None]:
+    """Of each step on the branch: is the answer the teacher's too? None where another sub-problem was solved than the teacher's, whose answer says nothing."""
+    return [earned == 1 if chosen else None for (*_, earned), chosen in zip(row["steps"] or [], row["choices"] or [])]
 
 
 def structure_report(rows: list[dict]) -> tuple[dict[str, Interval], list[dict]]:
     """How students follow the teacher: mean structure reward; choice accuracy (at a step on the branch, are the next meta and query the teacher's);
-    answer accuracy on the branch (its meta is the teacher's: is the answer right). And per step: samples judged there, the two shares, samples that left all branches there.
+    answer accuracy on the branch (they are: is the answer the teacher's too). And per step: samples judged there, the two shares, samples that left all branches there.
     The choices are those on the trace that was followed; of several traces a student may leave this one and never all of them. Unscored rows are left out."""
     scored = [row for row in rows if row["structure"] is not None]
     figures = {"structure": summary(scored)["structure"],
                "choice accuracy": interval(problem_means(scored, lambda r: r["choices"])), "answer accuracy on the branch": interval(problem_means(scored, answers_right))}
     steps = []
     for i in range(max((len(r["steps"] or []) for r in scored), default=0)):
-        choices, right = [r["choices"][i] for r in scored if len(r["choices"] or []) > i], [a[i] for r in scored if len(a := answers_right(r)) > i]
+        choices, right = [r["choices"][i] for r in scored if len(r["choices"] or []) > i], [a[i] for r in scored if len(a := answers_right(r)) > i and a[i] is not None]
         steps.append({"step": i + 1, "judged": len(choices), "choice": float(np.mean(choices)) if choices else math.nan,
                       "answer": float(np.mean(right)) if right else math.nan, "left": sum(r["left_at"] == i for r in scored)})
     return figures, steps

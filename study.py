@@ -4,15 +4,15 @@
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
+    python study.py measure                                # the measures of the lines whose samples are still in out/study once more: after a change of a measure
 
 An arm is a list of commands; each is printed to its log.txt and can be run alone. All arms of a regime start from the same student, see the same problems and are
 evaluated by the same commands on the same held-out problems. A finished (regime, arm, seed) is a line of the results file and is not run again, so an interrupted
-study goes on. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
+study goes on; a line that lacks a measure, of an older study.py, counts as unfinished, and the new one takes its place. A seed is that of sampling, of the order of
+the problems and of the evaluation; data and base student are the same for all.
 """
 import json
-import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -23,18 +23,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
 from tqdm import tqdm
 
 import evidence
 from command import Parser, at_least, ending, folder
-from data import append_jsonl, read_jsonl
-from grade import pass_at_k
-from report import by_problem, correlation, structure_report, summary
+from data import read_jsonl, write_jsonl
+from measures import SETS, measured, rounded, training
 from watch import machine
 
 ROOM = 200                                                # tokens of a completion in training: the longest walk in the teacher's wordy voice fits
-SETS = {"test": 12, "larger": 13, "other": 15}            # held-out sets by the seed of their problems: as trained, more people and deeper, a wording never seen
 MADE = "python toy.py problems --people {people} --needed {needed} "
 REGIMES = {   # name -> (people, how many the answer takes), of training and of the larger problems
     "sparse": ((11, "7 8"), (13, "9 10")), "dense": ((9, "4 6"), (11, "7 8")),                                          # the two regimes of all arms
@@ -69,7 +66,8 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["base", "sft 512", "grpo", "rlkd"], regimes=["sparse"], seeds=[0, 1, 2])
-NEEDED = "greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,other,left,never left,seconds,commands".split(",")       # of a line of the results
+NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
+          "stayed and found,no steps,seconds,commands").split(",")                                          # of a finished line of the results
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 
 
@@ -99,53 +97,14 @@ def run(command: str, threads: int, log: Path) -> None:
         raise RuntimeError(f"{command} ended with status {code}: {log.read_text().splitlines()[-1]} (all that it said: {log})")
 
 
-def found(row: dict) -> bool:
-    """Is the answer right and no guess: the last step adds up the person who is asked for, and finds it?"""
-    target = re.search(r"How many has (\w+)|(\w+) has how many", row["problem"])
-    last = row["steps"][-1] if row["steps"] else ["", "", "", 0.0]
-    return bool(row["correct"] and last[1] == f"{target[1] or target[2]} makes what" and last[2] == row["answer"])
-
-
-def measures(rows: list[dict], greedy: list[dict]) -> tuple[dict[str, float], list[dict]]:
-    """The study's measures of one student on one set of problems, k samples of each and a greedy one; and structure_report's steps."""
-    means, (branch, steps), groups = summary(rows), structure_report(rows), list(by_problem(rows).values())
-    k, walks = len(groups[0]), [[tuple((meta, query) for meta, query, *_ in row["steps"]) for row in group if found(row)] for group in groups]          # right ones of each problem
-    return {"greedy": summary(greedy)["mean@1"][0], "sampled": means[f"mean@{k}"][0], **{m: v[0] for m, v in means.items() if m.startswith("pass@")},
-            **{f"found@{2**i}": float(np.mean([pass_at_k(k, len(right), 2**i) for right in walks])) for i in range(k.bit_length())},
-            "structure": means["structure"][0], "choice": branch["choice accuracy"][0], "answer": branch["answer accuracy on the branch"][0],
-            "paths": float(np.mean([len(set(right)) for right in walks])), "length": means["length"][0], "truncated": means["truncated"][0]}, steps
-
-
-def figures(sampled: list[dict], transfer: list[dict], greedy: list[dict]) -> dict[str, float | list[float]]:
-    """The measures on problems as trained (`sampled`), on the two other sets (in `transfer`; named "larger" for its sampled accuracy, "larger choice" and so on), greedy ones
-    of all three in `greedy`; and where students leave the teacher's branch."""
-    of = lambda rows, name: [r for r in rows if r["id"].split("-")[2] == str(SETS[name])]
-    out, steps = measures(sampled, of(greedy, "test"))
-    for name in ("larger", "other"):
-        out |= {name if m == "sampled" else f"{name} {m}": value for m, value in measures(of(transfer, name), of(greedy, name))[0].items()}
-    never = sum(r["left_at"] is None and bool(r["steps"]) for r in sampled)
-    return out | {"left": [step["left"] / len(sampled) for step in steps[:24]], "never left": never / len(sampled)}
-
-
-def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
-    """From the log of an RL run: its learning curves, means of ten steps each, and how its reward agrees with the true structure over the last 24 steps."""
-    if not (out / "log.jsonl").exists():
-        return {}
-    log = [row for _, row in read_jsonl(out / "log.jsonl")]
-    names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length",
-             "entropy": "entropy"}
-    mean = lambda rows, key: round(float(np.mean([row[key] for row in rows])), 4)
-    curves: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
-    if "rewards/structure/mean" in log[0]:
-        last = [{"structure": row["rewards"]["structure"], "true_structure": row["true_structure"]} for _, row in read_jsonl(out / "rollouts.jsonl") if row["step"] > len(log) - 24]
-        scored = [row for row in last if row["structure"] is not None]
-        curves |= {"reader gap": mean(scored, "structure") - mean(scored, "true_structure"), "r": correlation(scored)}
-    return curves
+def place(root: Path, regime: str, arm: str, seed: int) -> Path:
+    """The folder of a run."""
+    return root / regime / "".join(c if c.isalnum() else "_" for c in arm) / f"seed{seed}"
 
 
 def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     """Trains and evaluates one arm with one seed: its line of the results file."""
-    out = root / regime / "".join(c if c.isalnum() else "_" for c in arm) / f"seed{seed}"
+    out = place(root, regime, arm, seed)
     fill = dict(data=root / regime / "data", root=root / regime, seed=seed, out=out)
     commands = [c.format(**fill) for c in ARMS[arm]]
     made = [Path(c.split("--out ")[1].split()[0]) for c in commands]                                      # of sft.py a model/, of train.py the folder around it
@@ -166,19 +125,16 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
         for end in (".jsonl", ".settings.json"):
             (out / f"{name}{end}").unlink(missing_ok=True)
         run(command, threads, out / "log.txt")
-    rows = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in EVALS}
-    measured = figures(rows["test"], rows["transfer"], rows["greedy"]) | training(out)
+    found = measured(out) | rounded(training(out))
     for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
         large.unlink(missing_ok=True)                     # 40 MB a run
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    short = lambda value: [round(v, 4) for v in value] if isinstance(value, list) else value if not isinstance(value, float) else round(value, 5) if math.isfinite(value) else None
-    measured = {name: short(value) for name, value in measured.items()}
-    return {"regime": regime, "arm": arm, "seed": seed, **measured, "seconds": round(time.time() - started), "machine": machine(), "commands": commands + evals}
+    return {"regime": regime, "arm": arm, "seed": seed, **found, "seconds": round(time.time() - started), "machine": machine(), "commands": commands + evals}
 
 
 def read_results(path: Path) -> list[dict]:
     """The runs in a results file; ValueError names the line that is none."""
-    rows, wanted, places = read_jsonl(path), ("regime", "arm", "seed", *NEEDED), {}
+    rows, wanted, places = read_jsonl(path), ("regime", "arm", "seed", "sampled", "seconds", "commands"), {}
     for where, row in rows:
         if not isinstance(row, dict) or (missing := next((name for name in wanted if name not in row), None)):
             raise ValueError(f"{where}: no line of a study" + (f", it has no {missing!r}" if isinstance(row, dict) else "") + ": give a file that `python study.py run` wrote")
@@ -189,6 +145,29 @@ def read_results(path: Path) -> list[dict]:
     return [row for _, row in rows]
 
 
+def replace(path: Path, new: list[dict]) -> None:
+    """Puts lines of results into the place of those of the same runs, if there are any, else at the end."""
+    key, rows = (lambda row: (row["regime"], row["arm"], row["seed"])), read_results(path) if path.exists() else []
+    fresh = {key(row): row for row in new}
+    lines = [fresh.pop(key(row), row) for row in rows] + list(fresh.values())
+    aside = path.with_name(path.name + ".new")
+    write_jsonl(aside, lines)
+    aside.replace(path)
+
+
+def measure_again(results: Path, root: Path) -> None:
+    """Measures once more where a run's samples are still there, which are known by their accuracies; what came of its training stays."""
+    new = []
+    for row in read_results(results):
+        out = place(root, row["regime"], row["arm"], row["seed"])
+        if all((out / f"{name}.jsonl").exists() for name in EVALS):
+            found = measured(out)
+            if all(found[name] == row[name] for name in ("sampled", "greedy", "larger", "other", "length")):
+                new.append(row | found)
+    replace(results, new)
+    print(f"measured {len(new)} of {len(read_results(results))} lines again; the samples of the others are no longer in {root}")
+
+
 def order(row: dict) -> tuple[int, int, int]:
     """Where a line of the results stands in the tables, in whatever order the runs ended."""
     return list(REGIMES).index(row["regime"]), list(ARMS).index(row["arm"]), row["seed"]
@@ -197,7 +176,8 @@ def order(row: dict) -> tuple[int, int, int]:
 def go_on(args) -> None:
     """Runs what the results file does not hold yet, arm by arm."""
     folder(args.results.parent)                                                     # before hours of work that could not be written down
-    done = {(row["regime"], row["arm"], row["seed"]) for row in read_results(args.results)} if args.results.exists() else set()
+    rows = read_results(args.results) if args.results.exists() else []
+    done = {(row["regime"], row["arm"], row["seed"]) for row in rows if not set(NEEDED) - set(row)}
     todo = [key for arm in args.arms for regime in args.regimes for seed in args.seeds if has_arm(regime, arm) and (key := (regime, arm, seed)) not in done]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     for regime in dict.fromkeys(regime for regime, *_ in todo):
@@ -211,7 +191,7 @@ def go_on(args) -> None:
     def work(key: tuple[str, str, int]) -> None:
         row = one(*key, args.out, threads)
         with written:                                     # by whoever has finished, so that nothing is lost where another one fails
-            append_jsonl(args.results, [row])
+            replace(args.results, [row])
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
         try:
             for future in as_completed([pool.submit(work, key) for key in todo]):
@@ -223,7 +203,7 @@ def go_on(args) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "report", "measure"), default="run")
     parser.add_argument("--quick", action="store_true", help="the small study: " + json.dumps(QUICK))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
@@ -236,6 +216,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "run":
         go_on(args)
+    if args.command == "measure" and args.results.exists():
+        measure_again(args.results, args.out)
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
     template, rows = Path(__file__).resolve().parent / "docs/study.md", sorted(rows, key=order)

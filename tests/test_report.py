@@ -61,8 +61,8 @@ def scored(problem, student, *teachers):
 
 
 def test_a_half_credit_says_whether_choice_or_answer_was_wrong():
-    cases = [(TEACHER, [1, 1, 1, 1], [1, 1, 1, 1]), (but(1, query="x"), [1, 0, 1, 1], [1, 1, 1, 1]), (but(1, answer="x"), [1, 1, 1, 1], [1, 0, 1, 1]),
-             (but(1, query="x", answer="x"), [1, 0, 1, 1], [1, 0, 1, 1]), (but(2, meta="x"), [1, 1, 0], [1, 1]), (TEACHER[:2], [1, 1], [1, 1]), ([], [], [])]
+    cases = [(TEACHER, [1, 1, 1, 1], [1, 1, 1, 1]), (but(1, query="x"), [1, 0, 1, 1], [1, None, 1, 1]), (but(1, answer="x"), [1, 1, 1, 1], [1, 0, 1, 1]),
+             (but(1, query="x", answer="x"), [1, 0, 1, 1], [1, None, 1, 1]), (but(2, meta="x"), [1, 1, 0], [1, 1, None]), (TEACHER[:2], [1, 1], [1, 1]), ([], [], [])]
     for student, choices, answers in cases:
         r = scored("p", student, TEACHER)
         assert r["choices"] == choices and report.answers_right(r) == answers, student
@@ -75,7 +75,7 @@ def test_choices_are_those_on_the_trace_followed():
 
 
 def test_structure_report_by_hand():
-    rows = [scored("p", TEACHER, TEACHER), scored("p", but(1, query="x"), TEACHER),                   # p: choices 4/4 and 3/4, answers 4/4 and 4/4
+    rows = [scored("p", TEACHER, TEACHER), scored("p", but(1, query="x"), TEACHER),                   # p: choices 4/4 and 3/4, answers 4/4 and 3/3
             scored("q", but(0, meta="x"), TEACHER), scored("q", but(2, meta="x", answer="y"), TEACHER),      # q: 0/1 and 2/3; answers none and 2/2
             scored("q", [], TEACHER), row("q", False)]                                                # no steps: earns 0, chooses nothing; unscored: not there
     figures, steps = report.structure_report(rows)
@@ -99,7 +99,8 @@ def test_structure_report_on_the_toy_world_against_a_naive_walk(capsys):
             if not same(s.meta, t.meta):
                 left[i] = left.get(i, 0) + 1
                 break
-            answers[r["id"]].append(same(s.answer, t.answer))
+            if same(s.query, t.query):
+                answers[r["id"]].append(same(s.answer, t.answer))
     figures, steps = report.structure_report(rows)
     assert figures["choice accuracy"].mean == pytest.approx(np.mean([np.mean(c) for c in choices.values()])) and 0 < figures["choice accuracy"].mean < 1
     assert figures["answer accuracy on the branch"].mean == pytest.approx(np.mean([np.mean(a) for a in answers.values() if a]))

@@ -10,6 +10,7 @@ import pytest
 
 import eval as evaluation
 import evidence
+import measures
 import sft
 import study
 import train
@@ -20,8 +21,9 @@ PARSE = {"train.py": train.parse_config, "sft.py": sft.parse_config, "eval.py": 
 
 def row(regime, arm, seed, value, **more):
     plain = dict.fromkeys(study.NEEDED, value) | {f"found@{2**i}": value for i in range(7)} | {"larger structure": value, "other structure": value}
-    return plain | {"regime": regime, "arm": arm, "seed": seed, "length": 100 * value, "paths": 10 * value, "left": [value, 0.1], "never left": 0.2, "seconds": 36, "commands": [],
-                    "curve": {"outcome": [value / 2, value]}, "reader gap": 0.01 * seed, "r": 0.9} | more
+    return plain | {"regime": regime, "arm": arm, "seed": seed, "length": 100 * value, "paths": 10 * value, "left": [value, 0.1], "never left": 0.2, "stayed and found": 0.1,
+                    "no steps": 0.0, "seconds": 36, "commands": [],
+                    "curve": {"outcome": [value / 2, value], "structure": [value, value], "true_structure": [value / 3, value - 0.03 * seed]}, "r": 0.9} | more
 
 
 def rows(regime="sparse"):
@@ -65,10 +67,17 @@ def test_the_tables_are_those_of_the_results():
     assert grpo == f"| grpo | 3 | 0.11 ± {half((0.10, 0.12, 0.11)):.2f} | 11 ± {100 * half((0.10, 0.12, 0.11)):.0f} |"
     against = evidence.against_table(runs, "sparse", ["grpo", "rlkd"], "grpo", {"sampled": "sampled"}).splitlines()
     assert against[2:] == [f"| rlkd | 3 | +0.44 ± {half(gains):.2f} |"]
-    claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"), ("gap", "rlkd", "grpo", "reader gap"), ("none", "rlkd", "base", "sampled"))
+    claims = (("up", "rlkd", "grpo", "sampled"), ("down", "grpo", "rlkd", "sampled"),
+              ("gap", "rlkd", "grpo", "never left"), ("one", "base", "rlkd", "sampled"), ("none", "rlkd", "sft 512", "sampled"))
+    runs["sparse", "base"] = {0: row("sparse", "base", 0, 0.1)}
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
     assert words == [f"**supported**: +0.440 ± {half(gains):.3f} (3 seeds)", f"**not supported**: -0.440 ± {half(gains):.3f} (3 seeds)",
-                     "undecided: +0.000 (3 seeds)", "not run"]                       # alike for all seeds: no interval
+                     "the same difference in every seed: +0.000 (3 seeds)", "one seed", "not run"]
+    mixed = evidence.gathered([row("sparse", "rlkd", 0, 0.5), row("sparse", "rlkd", 1, 0.7) | {"choice": None}])
+    assert "| 0.50 (1 seed) |" in evidence.arms_table(mixed, "sparse", ["rlkd"], {"sampled": "sampled", "choice": "choice"})
+    gaps = [0.5 * ((1 - 1 / 3) * value + 0.03 * seed) for seed, value in enumerate((0.50, 0.62, 0.53))]
+    reader = evidence.reader_table(evidence.gathered(rows()), "sparse").splitlines()
+    assert reader[2:] == [f"| rlkd | 3 | +{sum(gaps) / 3:.3f} ± {half(gaps):.3f} | 0.90 |"]
     levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
     assert len(levels) == 3 and levels[2].startswith("| 3-4 of 7 | 3 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
 
@@ -94,44 +103,62 @@ def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path,
             study.read_results(file)
 
 
-def generation(name, sample, right, steps, answer="4", structure=0.5, left=None, choices=(), asked="How many has Ann?", stop="stop"):
+def generation(name, sample, right, steps, answer="4", structure=0.5, left=None, choices=(), stop="stop"):
     return {"id": name, "sample": sample, "correct": right, "answer": answer, "structure": structure, "true_structure": None,
-            "length": 10, "stop": stop, "problem": f"We know. {asked}",
+            "length": 10, "stop": stop, "problem": PROBLEM,
             "steps": [[m, q, a, e] for m, q, a, e in steps], "choices": list(choices), "left_at": left, "temperature": 1.0}
 
 
+PROBLEM = "We know: Dan has 9. Ann has Bob plus Cid. Cid has 8. Bob has Eve plus Dan. Eve has 7. How many has Ann?"            # Bob 6, Ann 4
+WALK = [("for Ann", "Ann has what", "Bob plus Cid", 1.0), ("for Bob", "Bob has what", "Eve plus Dan", 1.0), ("then Bob", "Bob makes what", "6", 1.0),
+        ("then Ann", "Ann makes what", "4", 1.0)]
+
+
+def test_a_walk_is_every_sum_that_the_answer_needs_and_no_guess():
+    assert measures.world(PROBLEM) == ("Ann", {"Dan": ((), 9), "Ann": (("Bob", "Cid"), 4), "Cid": ((), 8), "Bob": (("Eve", "Dan"), 6), "Eve": ((), 7)})
+    other = PROBLEM.replace(".", ";").replace("How many has Ann?", "Ann has how many?")
+    assert measures.world(other) == measures.world(PROBLEM)
+    sample = lambda steps, **more: generation("x", 0, True, steps) | more
+    order = ("Ann has what", "Bob has what", "Bob makes what", "Ann makes what")
+    assert measures.walk(sample(WALK)) == measures.walk(sample(WALK) | {"problem": other}) == order
+    detour = [*WALK[:2], ("for Ann", "Fay has what", "3", 0.0), ("for Ann", "Ann has what", "Bob plus Cid", 0.0), *WALK[2:]]
+    assert measures.walk(sample(detour)) == order                                    # somebody the answer does not need, and a step said twice
+    assert measures.walk(sample([WALK[1], WALK[0], *WALK[2:]])) == (order[1], order[0], *order[2:])
+    wrong = [*WALK[:2], ("then Bob", "Bob makes what", "5", 0.5), WALK[3]]
+    for steps in (WALK[:3], WALK[3:], wrong, [WALK[0], WALK[3], WALK[2]], []):      # no last sum; nothing but it; on a wrong part; before its part
+        assert measures.walk(sample(steps)) is None, steps
+    assert measures.walk(sample(WALK, correct=False)) is None and measures.walk(sample(WALK, correct=None)) is None
+
+
 def test_figures_of_one_student():
-    walk = [("for Ann", "Ann has what", "Bob plus Cid", 1.0), ("then Ann", "Ann makes what", "4", 1.0)]
-    other = [("for Bob", "Bob has what", "2", 0.0), *walk[1:]]
-    test = [generation("5-23-12-0", 0, True, walk, choices=(True, True)), generation("5-23-12-0", 1, True, other, left=0, choices=(False,), structure=0.1),
-            generation("5-23-12-0", 2, True, walk), generation("5-23-12-0", 3, True, walk[:1], left=1),                                             # the last is a guess
-            *(generation("5-23-12-1", k, False, walk, answer="5", stop="length") for k in range(4))]
-    transfer = [generation("7-34-13-0", 0, True, walk, choices=(True, True)), generation("7-34-13-0", 1, False, walk),
-                generation("5-23-15-0", 0, False, walk, structure=0.25), generation("5-23-15-0", 1, False, walk, structure=0.25)]
-    greedy = [generation(f"5-23-{seed}-0", 0, right, walk) | {"temperature": 0.0} for seed, right in ((12, True), (13, False), (15, True))]
-    got = study.figures(test, transfer, greedy)
+    other = [("for Bob", "Bob has what", "Eve plus Dan", 0.0), WALK[0], *WALK[2:]]
+    guess = [WALK[0], WALK[3]]
+    test = [generation("5-23-12-0", 0, True, WALK, choices=(True, True)), generation("5-23-12-0", 1, True, other, left=0, choices=(False,), structure=0.1),
+            generation("5-23-12-0", 2, True, WALK), generation("5-23-12-0", 3, True, guess, left=1),
+            generation("5-23-12-1", 0, False, [], answer="5"), *(generation("5-23-12-1", k, False, WALK, answer="5", stop="length") for k in range(1, 4))]
+    transfer = [generation("7-34-13-0", 0, True, WALK, choices=(True, True)), generation("7-34-13-0", 1, False, WALK),
+                generation("5-23-15-0", 0, False, WALK, structure=0.25), generation("5-23-15-0", 1, False, WALK, structure=0.25)]
+    greedy = [generation(f"5-23-{seed}-0", 0, right, WALK) | {"temperature": 0.0} for seed, right in ((12, True), (13, False), (15, True))]
+    got = measures.figures(test, transfer, greedy)
     assert (got["greedy"], got["larger greedy"], got["other greedy"]) == (1, 0, 1) and (got["sampled"], got["larger"], got["other"]) == (0.5, 0.5, 0)
     assert got["pass@1"] == 0.5 and got["pass@4"] == 0.5 and got["found@1"] == pytest.approx(3 / 8) and got["found@2"] == pytest.approx(0.5) and got["found@4"] == 0.5
-    assert got["paths"] == 1.0 and got["structure"] == pytest.approx((0.4 + 0.5) / 2) and got["other structure"] == 0.25 and got["length"] == 10 and got["truncated"] == 0.5
+    assert got["paths"] == 1.0 and got["structure"] == pytest.approx((0.4 + 0.5) / 2) and got["other structure"] == 0.25 and got["length"] == 10 and got["truncated"] == 3 / 8
     assert (got["larger found@1"], got["larger found@2"], got["larger paths"], got["larger length"], got["other found@2"]) == (0.5, 1, 1, 10, 0)
     assert got["larger choice"] == 1 and math.isnan(got["other choice"])             # nobody was asked to choose there
-    assert got["left"][:2] == [1 / 8, 1 / 8] and got["never left"] == 6 / 8
-    assert study.found(test[0]) and study.found(test[0] | {"problem": "Ann has how many?"})
-    assert not study.found(test[3]) and not study.found(test[0] | {"problem": "How many has Bob?"}) and not study.found(test[0] | {"steps": []})
-    assert not study.found(test[0] | {"answer": "7"}) and not study.found(test[0] | {"correct": None})
+    assert got["left"][:2] == [1 / 8, 1 / 8] and (got["never left"], got["stayed and found"], got["no steps"]) == (5 / 8, 2 / 8, 1 / 8)
 
 
-def test_training_curves_and_the_gap_to_the_true_structure(tmp_path):
+def test_training_curves_and_their_agreement_with_the_true_structure(tmp_path):
     steps = range(1, 41)
-    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": 0.5 + 0.01 * (n > 16), "true_structure": 0.5,
-            "completions/mean_length": 7, "entropy": 1} for n in steps]
+    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": math.nan if n in (2, *range(11, 21)) else 0.5, "true_structure": 0.5,
+            "completions/mean_length": 7, "entropy": 1, "unscored": n == 2} for n in steps]
     rollouts = [{"step": n, "rewards": {"structure": None if k == 2 else 0.5 * k}, "true_structure": 0.4 * k if n > 16 else 1 - k} for n in steps for k in range(3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
-    got = study.training(tmp_path)
-    assert (got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4)
-            and got["reader gap"] == pytest.approx(0.25 - 0.2, abs=1e-4) and got["r"] == pytest.approx(1.0))
-    assert study.training(tmp_path / "no run") == {}
+    got = measures.rounded(measures.training(tmp_path))
+    assert got["curve"]["outcome"] == pytest.approx([5.5 / 40, 15.5 / 40, 25.5 / 40, 35.5 / 40], abs=1e-4) and got["r"] == pytest.approx(1.0)
+    assert got["curve"]["structure"] == [0.5, None, 0.5, 0.5] and got["curve"]["unscored"][0] == 0.1       # a step without a scored row has no mean; ten such none
+    assert measures.training(tmp_path / "no run") == {}
 
 
 def test_the_page_is_made_from_the_rows_alone(tmp_path):
@@ -180,7 +207,7 @@ def test_an_sft_model_serves_other_arms_until_its_command_changes(tmp_path, monk
         with log.open("a") as file:
             file.write(f"$ {command}\n")
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "figures", lambda *rows: {"sampled": 0.5})
+    monkeypatch.setattr(study, "measured", lambda out: {"sampled": 0.5})
     monkeypatch.setattr(study, "training", lambda out: {})
     trained = lambda: [command.split()[1] for command in ran if "eval.py" not in command]
     row = study.one("sparse", "sft 512", 0, tmp_path, 1)
@@ -206,6 +233,35 @@ def test_flags_beside_quick_count(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             study.main()                                                              # there are no results to draw
     assert [(a.arms, a.regimes, a.seeds) for a in seen] == [(study.QUICK["arms"], ["sparse"], [0, 1, 2]), (["grpo"], ["sparse"], [7])]
+
+
+def test_a_line_that_lacks_a_measure_is_run_again_and_replaced(tmp_path, monkeypatch):
+    file, ran = tmp_path / "study.jsonl", []
+    old = [row("sparse", "grpo", 0, 0.1), {k: v for k, v in row("sparse", "rlkd", 0, 0.5).items() if k != "found@64"}, row("sparse", "rlkd", 1, 0.6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in old))
+    monkeypatch.setattr(study, "one", lambda regime, arm, seed, out, threads: ran.append((arm, seed)) or row(regime, arm, seed, 0.7))
+    monkeypatch.setattr(study, "run", lambda *a: None)
+    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "rlkd", "--regimes", "sparse", "--seeds", "0", "1", "2", "--results", str(file),
+                                     "--out", str(tmp_path), "--jobs", "1"])
+    study.main()
+    assert sorted(ran) == [("grpo", 1), ("grpo", 2), ("rlkd", 0), ("rlkd", 2)]
+    lines = study.read_results(file)
+    assert lines[0] == old[0] and lines[2] == old[2] and (lines[1]["arm"], lines[1]["seed"], lines[1]["sampled"]) == ("rlkd", 0, 0.7) and len(lines) == 6
+
+
+def test_measured_again_where_the_samples_are_still_there(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "study.jsonl"
+    monkeypatch.setattr(study, "measured", lambda out: {**dict.fromkeys(("sampled", "greedy", "larger", "other", "length"), 0.5), "choice": 0.9})
+    same = dict.fromkeys(("greedy", "larger", "other", "length"), 0.5) | {"seconds": 1, "commands": [], "r": 0.7, "choice": 0.1}
+    lines = [{"regime": "sparse", "arm": arm, "seed": 0, "sampled": sampled} | same for arm, sampled in (("rlkd", 0.5), ("grpo", 0.4), ("base", 0.5))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for arm in ("rlkd", "grpo"):                                                     # of base nothing is left; grpo's samples are of another run than its line
+        out = study.place(tmp_path, "sparse", arm, 0)
+        out.mkdir(parents=True)
+        for name in study.EVALS:
+            (out / f"{name}.jsonl").touch()
+    study.measure_again(file, tmp_path)
+    assert study.read_results(file) == [lines[0] | {"choice": 0.9}, *lines[1:]] and "measured 1 of 3 lines again" in capsys.readouterr().out
 
 
 def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
