@@ -90,11 +90,6 @@ def combine_advantages(rewards: dict[str, Tensor], weights: dict[str, float], sc
     return sum(w * group_advantages(rewards[name], scored, scale) for name, w in used.items())
 
 
-def spreadless(advantages: Tensor) -> Tensor:
-    """(P, G) -> (P,) bool: groups whose advantages are all 0. They push nowhere, yet their KL term would: count them, skip them."""
-    return (advantages == 0).all(1)
-
-
 # ---- the loss: (N, T) padded rows, or (n,) valid tokens in one flat vector
 
 def kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:

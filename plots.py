@@ -53,7 +53,7 @@ def plot(runs: Sequence[str], path: Path) -> None:
                 steps, y, smooth = curve(log, key)
                 axes.plot(steps, y, color=color, alpha=0.2, linewidth=0.8)
                 axes.plot(steps, smooth, line, color=color, label=label + (f", {name}" if len(logs) > 1 else ""))
-    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(0, max(1.0, axes.dataLim.y1)))         # above 1: --normalize False
+    axes.set(xlabel="step", ylabel="mean reward of the step's rollouts", ylim=(min(0.0, axes.dataLim.y0), max(1.0, axes.dataLim.y1)))         # above 1: --normalize False
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
@@ -81,7 +81,7 @@ def small_multiples(runs: Sequence[str], path: Path) -> None:
                 axes.plot(steps, y, color=f"C{color}", alpha=0.2, linewidth=0.8)
                 axes.plot(steps, smooth, color=f"C{color}", linewidth=1.6)
         axes.set_title(title, fontsize=10)
-        axes.set_ylim(*((0, max(1.0, axes.dataLim.y1)) if share and axes.lines else (min(0.0, axes.get_ylim()[0]), None)))
+        axes.set_ylim(*((min(0.0, axes.dataLim.y0), max(1.0, axes.dataLim.y1)) if share and axes.lines else (min(0.0, axes.get_ylim()[0]), None)))
         axes.grid(alpha=0.3)
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")

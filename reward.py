@@ -56,7 +56,7 @@ def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm:
         rewards["structure"] = [s.value for s in scores]
     rewards["outcome"] = [None if right is None else float(right) for right in grade_all(texts, [p.answer for p in problems])]
     rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished)]
-    return rewards, scores
+    return {name: [None if v is None or math.isnan(v) else v for v in values] for name, values in rewards.items()}, scores
 
 
 def advantages(rewards: dict[str, list[float | None]], config: Settings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,8 @@ class Sampler:
         self.static = takes_numbers and (model.device.type == "cuda" if static is None else static)
         self.unproven = model.device.type == "cuda"                                                         # before its first call the static loop is compared with the plain one
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
+        if getattr(model.config, "alibi", model.config.model_type == "bloom"):
+            raise ValueError("the model puts positions into its attention mask (ALiBi), which this sampler does not: choose one with rotary or learned positions")
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
             raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
                              "Mistral: sliding_window=None)")
@@ -140,6 +142,14 @@ def check_head(model: PreTrainedModel) -> None:
     if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
                          "cannot be trained here")
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Turns every dropout off, for training too (GPT-2's and OPT's configs have some): completions are sampled without, so with it the first ratio would not be 1, the KL to
+    the start not 0, and a resumed run another one."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if isinstance(value, float) and ("drop" in name or name == "p" and isinstance(module, torch.nn.Dropout))]:
+            setattr(module, name, 0.0)
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:

@@ -9,8 +9,10 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import os
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from rollout import TextModel
 def find_function(name: str) -> Callable:
     """The function behind "module:function", a file of the working folder."""
     module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:                           # the folder of the script is there already
+        sys.path.append(os.getcwd())
     found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
     if not callable(found):
         raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
@@ -52,9 +56,10 @@ class OwnReward:
         self.name, self.function, self.stats = name, find_function(name), Counter()
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
-        values = list(self.function([getattr(p, "problem", p) for p in problems], traces, teacher_traces))
+        given = self.function([getattr(p, "problem", p) for p in problems], traces, teacher_traces)
+        values = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given] if isinstance(given, Iterable) else []          # numpy's and torch's numbers are some, too
         if len(values) != len(traces) or not all(v is None or isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            raise ValueError(f"{self.name} gave {str(values)[:60]} for {len(traces)} traces: it has to return a finite number, or None, for each")
+            raise ValueError(f"{self.name} gave {str(given)[:60]} for {len(traces)} traces: it has to return a list with a finite number, or None, for each")
         self.stats["unscored"] += values.count(None)
         return [Score(None if v is None else float(v), reason="" if v is not None else f"{self.name} gave None") for v in values]
 

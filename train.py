@@ -41,7 +41,7 @@ from eval import before_after
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
-from rollout import Sampler, check_head
+from rollout import Sampler, check_head, without_dropout
 from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure
 from update import load_teacher, merged, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
@@ -64,7 +64,7 @@ class Config:
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
     w_structure: float = flag(1.0, "weight of the structure reward; 0 asks no GSRM (plain GRPO)")
     w_outcome: float = flag(1.0, "weight of the outcome reward, 1 for a right final answer")
-    w_format: float = flag(0.2, "weight of the format reward, 1 for <think>...</think> and one boxed answer")
+    w_format: float = flag(0.2, "weight of the format reward, 1 for <think>...</think> and a boxed answer")
     combine: Literal["gdpo", "sum"] = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")
     normalize: bool = flag(True, "structure reward divided by the teacher's number of steps; False: the authors' raw sum")
     stop_at_divergence: bool = flag(True, "structure reward ends where the student leaves the teacher's branch; False: counts every later step that agrees again")
@@ -189,6 +189,7 @@ def set_up(config: Config, out: Path) -> Run:
     problems, held_out = load_data(config)
     model, tokenizer = load_model(config.model, config.device, config.dtype if config.lora_rank else "float32")       # what is frozen needs no float32 masters
     check_head(model)
+    without_dropout(model)
     if config.lora_rank:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
     sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device

@@ -92,15 +92,22 @@ def test_line_similarity_is_the_mean_ratio_of_the_best_teacher():
 def test_a_structure_reward_of_ones_own(data, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "mine.py").write_text("def words(problems, traces, teachers):\n    assert isinstance(problems[0], str) and len(teachers[0]) >= 1\n"
                                       "    return [None if n == 3 else len(t.split()) / 100 for n, t in enumerate(traces)]\n"
-                                      "def wrong(problems, traces, teachers):\n    return [1.0]\ndef nan(problems, traces, teachers):\n    return [float('nan')] * len(traces)\n")
+                                      "def wrong(problems, traces, teachers):\n    return [1.0]\ndef number(*_):\n    return 1.0\ndef nothing_at_all(*_):\n    return None\n"
+                                      "def arrays(problems, traces, teachers):\n    import numpy, torch\n    return [numpy.float32(0.5), torch.tensor(-2.0)]\n"
+                                      "def nan(problems, traces, teachers):\n    return [float('nan')] * len(traces)\n")
     monkeypatch.syspath_prepend(tmp_path)
     train.main(config(data, tmp_path / "out", "--steps", "1", "--structure_reward", "mine:words"))
     rows = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").read_text().splitlines()]
     traces = [row["text"].split("</think>")[0].removeprefix("<think>") for row in rows]
     assert [row["rewards"]["structure"] for row in rows] == [None if n == 3 else pytest.approx(len(t.split()) / 100) for n, t in enumerate(traces)]
     assert rows[3]["advantage"] == 0 and lines(tmp_path / "out")[0]["unscored"] == 1
-    for name in ("mine:wrong", "mine:nan"):
-        with pytest.raises(ValueError, match="has to return a finite number, or None"):
+    assert [score.value for score in OwnReward("mine:arrays")(["p"] * 2, ["t"] * 2, [["x"]] * 2)] == [0.5, -2.0]
+    for name in ("mine:wrong", "mine:nan", "mine:number", "mine:nothing_at_all"):
+        with pytest.raises(ValueError, match="has to return a list with a finite number, or None"):
             OwnReward(name)(["p"] * 2, ["t"] * 2, [["x"]] * 2)
     with pytest.raises(ValueError, match="no such function"):
         OwnReward("mine:nothing")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/yours_here.py").write_text("def one(problems, traces, teachers):\n    return [1.0] * len(traces)\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")                                         # the working folder, whichever folder train.py is in
+    assert OwnReward("yours_here:one")(["p"], ["t"], [["x"]])[0].value == 1.0

@@ -22,6 +22,19 @@ def row(name, correct, answer=None, sample=0, temperature=1.0, **more):
 
 # ------------------------------------------------------------------------------------------------ figures
 
+def test_groups_that_could_not_be_scored_are_not_ones_without_a_spread():
+    """Four groups of two: equal rewards, unequal ones, one row scored, none: of the two that can be compared one has no spread."""
+    table = [({"structure": structure}, advantage) for structure, advantage in ((1, 0.0), (1, 0.0), (0, -1.0), (1, 1.0), (1, 0.0), (None, 0.0), (None, 0.0), (None, 0.0))]
+    rows = [row("p", None) | {"rewards": rewards, "advantage": advantage} for rewards, advantage in table]
+    assert report.log_row(1, rows, {"structure": 1.0}, 2)["frac_reward_zero_std"] == 0.5
+    assert report.log_row(1, rows[4:], {"structure": 1.0}, 2)["frac_reward_zero_std"] == 0.0
+
+
+def test_the_interval_of_a_negative_measure_holds_its_mean():
+    mean, low, high, _ = report.interval(np.array([-0.9, -0.7, -0.5]))
+    assert mean == pytest.approx(-0.7) and low < mean < high < 0 and report.interval(np.array([0.0, 0.0, 0.3])).low == 0
+
+
 def test_pass_and_majority_are_means_over_subsets():
     """k = 6: sizes 1, 2, 4 and 6 itself; against every subset of the samples."""
     answers = {"a": ["1", "1", "2", "2", "2", None], "b": ["3", "1", "1", "1", "3", "4"]}

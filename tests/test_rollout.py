@@ -8,14 +8,26 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import decode as D
 import rollout as R
 from data import TiktokenTokenizer, chat_ids
 from decode import draw
 from logprob import linear_logprob
-from rollout import Rollout, Sampler, TextModel, check_head, micro_batches, predictors
+from rollout import Rollout, Sampler, TextModel, check_head, micro_batches, predictors, without_dropout
 
 VOCAB, EOS, PAD = 64, 2, 2                                           # pad == eos throughout, as in many a tokenizer
 KINDS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -585,6 +597,22 @@ def test_a_plain_head_is_taken_and_another_refused(kind: str) -> None:
     adapted.lm_head = torch.nn.Sequential(adapted.lm_head)                                       # like an adapter: a module around the weight
     with pytest.raises(ValueError, match="merge"):
         check_head(adapted)
+
+
+@pytest.mark.parametrize("config", [
+    GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    OPTConfig(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64, layerdrop=0.5)])
+def test_dropout_is_off_in_training_too(config) -> None:
+    net, ids = AutoModelForCausalLM.from_config(config), torch.arange(2, 20)[None]
+    with torch.no_grad():
+        assert not torch.equal(net.train()(ids).logits, net(ids).logits)                          # such configs have some
+        without_dropout(net)
+        assert torch.equal(net.train()(ids).logits, net.eval()(ids).logits)
+
+
+def test_alibi_is_refused() -> None:
+    with pytest.raises(ValueError, match="ALiBi"):
+        Sampler(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)), STOPS, PAD)
 
 
 def test_a_head_that_scales_its_logits_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The loop: exact resume, equal runs, one gradient whatever the micro-batch or the number of processes, unscored rows left out, clear refusals."""
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Qwen2Config
 import reward
 import train
 from checkpoint import Checkpoints, load_checkpoint
-from data import load_model, problem_ids, stop_and_pad_ids, write_jsonl
+from data import Problem, load_model, problem_ids, stop_and_pad_ids, write_jsonl
 from gsrm import Score
 from rollout import Rollout, Sampler
 from toy import make_problems
@@ -123,6 +124,13 @@ def test_an_unscored_row_is_left_out_and_never_a_zero(data):
     assert torch.allclose(adv[4:8].sum(), torch.tensor(0.0), atol=1e-6)    # the others are compared among themselves
     zero, adv_zero, _ = one_step(data, lambda n: 0.0 if n == 5 else value(n))
     assert not torch.equal(gone, zero) and adv_zero[5] < 0
+
+
+def test_a_reward_that_is_not_a_number_is_no_score(monkeypatch):
+    monkeypatch.setattr(reward, "format_reward", lambda text, finished: math.nan if text == "b" else 1.0)
+    settings = train.Config(w_structure=0.0, group_size=2, preset="")
+    rewards, _ = reward.score([Problem("p", "?", "1", [])] * 2, ["a", "b"], [True, True], None, settings)
+    assert rewards["format"] == [1.0, None] and reward.advantages(rewards, settings)[1].tolist() == [True, False]
 
 
 def test_spreadless_groups_move_nothing(data):
