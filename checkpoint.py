@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max_tokens", "device", "out", "offload", "gradient_checkpointing", "log_to", "reward_timeout",
         "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run", "gpu_memory_gb",
-        "cache_gb"}                                           # settings that may change between a run and its resume
+        "cache_gb"}                                           # settings of train.py that may change between a run and its resume
 
 
 def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
@@ -160,9 +160,9 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def start_folder(out: Path, settings: dict, resume: str) -> tuple[Path | None, list[str]]:
+def start_folder(out: Path, settings: dict, resume: str, free: set[str] = FREE) -> tuple[Path | None, list[str]]:
     """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). ValueError where `out` holds a run that is not to be
-    resumed, or one of other settings. A collective."""
+    resumed, or one whose settings, but for the `free` ones, were others. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if not resume and (out / "log.jsonl").exists():
@@ -170,7 +170,7 @@ def start_folder(out: Path, settings: dict, resume: str) -> tuple[Path | None, l
     if not resume or not (out / "run.json").exists():
         return None, []
     before = read_record(out / "run.json", "config")["config"]
-    if changed := [name for name in settings if name not in FREE and before.get(name) != settings[name]]:
+    if changed := [name for name in settings if name not in free and before.get(name) != settings[name]]:
         differ = ", ".join(f"--{name} was {before.get(name)!r}, is {settings[name]!r}" for name in changed)
         raise ValueError(f"--resume: {differ}; go on with the same settings, or choose another --out")
     return newest_of_all(out / "checkpoints")

@@ -11,8 +11,7 @@ GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_pro
 The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
 see: no document reads another. A parameter costs 16 bytes (float32 master 4, gradient 4, AdamW 8), in bfloat16 too, which saves time and activations; they are shared
 out over processes (parallel.py), or rest in the CPU's memory (--offload True). --dry_run says what fits.
-A run leaves its checkpoint, run.json (settings, versions, data) and, when it is through, sft.json (the same with the losses of the epochs) in --out.
-Left out on purpose: LoRA, packing.
+A run leaves its checkpoint, run.json (settings, versions, data) and, once through, sft.json (the same with the losses of the epochs) in --out. Left out on purpose: LoRA, packing.
 """
 import itertools
 import json
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import plan
-from checkpoint import Checkpoints, load_checkpoint, start_folder
+from checkpoint import FREE, Checkpoints, load_checkpoint, start_folder
 from command import ConfigParser, ending, flag, folder
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
@@ -237,8 +236,7 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
             total = all_sum(torch.tensor(total, dtype=torch.float64)).item()
             if not math.isfinite(total):
                 raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step / steps)
+            optimizer.param_groups[0]["lr"] = lr * schedule(step / steps)
             torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -318,7 +316,7 @@ def main(config: Config) -> None:
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
-    start, passed = start_folder(out, asdict(config), config.resume)
+    start, passed = start_folder(out, asdict(config), config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
     check_head(model)
@@ -334,6 +332,8 @@ def main(config: Config) -> None:
         (folder(out) / "run.json").write_text(json.dumps(record, indent=1))
     table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
     if rank() == 0:
+        if not any(out.glob("*.safetensors")):
+            raise FileNotFoundError(f"{out} has lost the weights of --keep {config.keep}: export the newest of its checkpoints/ with checkpoint.py, or choose another --out")
         (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
         shutil.rmtree(out / "checkpoints")
         print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")

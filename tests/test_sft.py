@@ -585,6 +585,44 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
     torch.set_num_threads(before)
 
 
+def test_what_is_kept_is_fixed_and_checkpoints_stay_until_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to leave after the best epoch: another --keep is refused with nothing touched (the best epoch's weights are nowhere else), the same one ends as ever."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Ann {i}", "target": f" has {4 if i else 7}"} for i in range(6)])
+    write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"Ann {i}", "target": f" has {7 if i > 7 else 4}"} for i in range(6, 9)])
+    flags = (f"--model {tmp_path}/start --data {tmp_path}/train.jsonl --eval_data {tmp_path}/held.jsonl --epochs 12 --batch_size 2 --lr 1e-2 --device cpu "
+             f"--resume auto --out {tmp_path}/").split()
+    run = lambda name, keep: sft.main(parse_config([*flags[:-1], flags[-1] + name, "--keep", keep]))
+    real = sft.train_pairs
+
+    def told(*arguments: object) -> Iterator[float]:
+        for step, loss in enumerate(real(*arguments), arguments[7] + 1):
+            if step == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield loss
+    for keep, other in (("last", "best"), ("best", "last")):
+        out = tmp_path / keep
+        with monkeypatch.context() as patch, pytest.raises(Leave, match="stopped after step 30"):
+            patch.setattr(sft, "train_pairs", told)
+            run(keep, keep)
+        assert (out / "model.safetensors").exists() == (keep == "best")
+        with pytest.raises(ValueError, match=f"--keep was '{keep}', is '{other}'; go on with the same settings, or choose another --out"):
+            run(keep, other)
+        assert (out / "checkpoints/step_000030/manifest.json").exists()
+    (tmp_path / "best/model.safetensors").rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match="best has lost the weights of --keep best: export the newest"):
+        run("best", "best")
+    assert (out / "checkpoints/step_000030/manifest.json").exists() and not (out / "sft.json").exists()
+    (tmp_path / "aside").rename(tmp_path / "best/model.safetensors")
+    losses, held = [], load_pairs(config(str(tmp_path / "held.jsonl")), TOKENIZER)
+    for keep in ("best", "last"):
+        run(keep, keep)
+        losses.append([row["held_out"] for row in json.loads((tmp_path / keep / "sft.json").read_text())["epochs"]])
+        assert mean_loss(load_model(tmp_path / keep)[0], held) == pytest.approx(min(losses[0]) if keep == "best" else losses[0][-1], abs=1e-5)
+    assert losses[0] == losses[1] and len(losses[0]) == 12 and losses[0].index(min(losses[0])) < 10 and not (out / "checkpoints").exists()
+
+
 def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path, alone: None) -> None:
     """From problems to a checkpoint in bfloat16, with activation checkpointing and a held-out share."""
     problems = toy.make_problems(0, 4, 5, (2, 3))
