@@ -154,7 +154,8 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
         optimizer.state.clear()
         for name, p in model.named_parameters():
             if f"exp_avg/{name}" in saved:
-                optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, requires_grad=False), "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu"),        # where AdamW wants it
+                                      "exp_avg": torch.zeros_like(p, requires_grad=False), "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
     with torch.no_grad():
         dcp.load(named_tensors(model, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
     return json.loads((checkpoint / "state.json").read_text())

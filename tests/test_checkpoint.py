@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from test_train import ROOT, config, data, lines, weights  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,6 +62,47 @@ def test_what_is_written_is_what_was_saved_though_training_goes_on(small, tmp_pa
     checkpoints.wait()
     assert damage(tmp_path / "step_000001") == "" and load_checkpoint(tmp_path / "step_000001", model, optimizer) == {"step": 1, "reward": 0.5}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), then))
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_adamw_s_step_lies_where_the_kernel_wants_it(small, tmp_path, monkeypatch, fused):
+    """Beside the parameter for the fused one, on the CPU for the others; the meta device stands for a GPU: nothing can be loaded there, but all is laid out."""
+    model, tokenizer, optimizer = small
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1)
+    checkpoints.wait()
+    monkeypatch.setattr(dcp, "load", lambda tensors, **how: None)
+    model.to("meta").tie_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    load_checkpoint(tmp_path / "step_000001", model, optimizer)
+    for p in model.parameters():
+        state = optimizer.state[p]
+        assert state["step"].device.type == ("meta" if fused else "cpu") and state["exp_avg"].device == state["exp_avg_sq"].device == p.device
+        assert state["step"].dtype == torch.float32 and state["step"].shape == () and state["exp_avg"].shape == p.shape
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
+def test_a_fused_adamw_goes_on_bitwise_from_what_was_saved(tmp_path, device):
+    """Two steps, against one step, a checkpoint, and the second step from it; sft.py's optimiser on a GPU is this one."""
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(input_ids=torch.tensor([[1, 2, 3]], device=device)).logits.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def fresh():
+        model, tokenizer = load_model("toy/student", device)
+        return model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model, tokenizer, optimizer = fresh()
+    steps(model, optimizer, 1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1)
+    checkpoints.wait()
+    again, _, other = fresh()
+    load_checkpoint(tmp_path / "step_000001", again, other)
+    assert {state["step"].item() for state in other.state.values()} == {1.0} and {state["step"].device.type for state in other.state.values()} == {device}
+    assert all(map(torch.equal, steps(model, optimizer, 1), steps(again, other, 1)))
 
 
 def test_the_last_ones_and_the_best_are_kept(small, tmp_path):
