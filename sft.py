@@ -35,7 +35,7 @@ from command import ConfigParser, ending, flag, folder
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, hollow, inside, rank, recompute, shard, start, units, whole_state, world
+from parallel import all_sum, finish, hollow, inside, plain, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
 from update import even
 from watch import Leave, leaving, run_record
@@ -219,7 +219,7 @@ def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), wei
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
                 optimizer: torch.optim.AdamW | None = None, first: int = 0, checkpointing: bool = False) -> Iterator[float]:
     """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of the optimiser steps from `first`
-    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs."""
+    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs. FloatingPointError: a loss or gradient is not finite."""
     optimizer = optimizer or adamw(model)
     was_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if checkpointing and not was_checkpointing:                               # the layers use it in training mode only
@@ -234,10 +234,10 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
                 (loss * world()).backward()                                  # FSDP2 averages over processes, shares are to be summed
                 total += loss.item()
             total = all_sum(torch.tensor(total, dtype=torch.float64)).item()
-            if not math.isfinite(total):
-                raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
+            norm = float(plain(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)))
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise FloatingPointError(f"loss {total:.4g}, gradient norm {norm:.4g} at step {step + 1}, which is not made: lower the learning rate, or look at its pairs")
             optimizer.param_groups[0]["lr"] = lr * schedule(step / steps)
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad()
             yield total
@@ -266,8 +266,8 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
     """Writes the checkpoint in `dtype`, from the shards of all processes."""
     state = whole_state(model)
     if rank() == 0:
-        plain = hollow(model, getattr(torch, dtype))
-        save_model(plain, tokenizer, out, {name: x.to(plain.dtype) if x.is_floating_point() else x for name, x in state.items()})
+        empty = hollow(model, getattr(torch, dtype))
+        save_model(empty, tokenizer, out, {name: x.to(empty.dtype) if x.is_floating_point() else x for name, x in state.items()})
 
 
 def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: list[Pair], held_out: list[Pair], out: Path, start: Path | None) -> list[dict]:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_parallel import torchrun
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -283,9 +285,55 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         before["model.norm.weight"][3] = model.model.norm.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="step 0: lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="loss nan, gradient norm nan at step 1, which is not made: lower the learning rate"):
         list(train_pairs(model, itertools.repeat(BATCH), 2, 1e-3, lambda progress: 1.0))
     assert all(torch.equal(v.nan_to_num(9), before[k].nan_to_num(9)) for k, v in model.state_dict().items())
+
+
+def overflow(at: int) -> Callable:
+    """clip_grad_norm_ that finds, in its call number `at`, what an overflow in the backward pass leaves behind on this process: one infinite element."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def spoiled(parameters: Iterator[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        parameters = list(parameters)
+        if next(calls) == at:
+            grad = parameters[-1].grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad).view(-1)[:1] = math.inf
+        return clip(parameters, limit)
+    return spoiled
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_moves_nothing(alone: None, monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+    """Two steps are made, the third is not: weights and moments are those of the second."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow(3))
+    model = parallel.shard(tiny()) if sharded else tiny()
+    optimizer, losses = sft.adamw(model), []
+    with pytest.raises(FloatingPointError, match=r"loss \d.*, gradient norm inf at step 3, which is not made: lower the learning rate, or look at its pairs"):
+        for loss in train_pairs(model, itertools.repeat(BATCH), 5, 1e-3, lambda progress: 1.0, optimizer=optimizer):
+            losses.append(loss)
+            after = [parallel.plain(p.detach()).clone() for p in model.parameters()]
+    assert len(losses) == 2 and losses[1] < losses[0] and {s["step"].item() for s in optimizer.state.values()} == {2.0} and not model.training
+    assert all(torch.equal(parallel.plain(p.detach()), old) and old.isfinite().all() for p, old in zip(model.parameters(), after, strict=True))
+
+
+def test_a_run_that_a_gradient_ends_keeps_its_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the step, writes no model, and the same command goes on from step 2 to the weights of a run without the accident."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    path = file_of(tmp_path, *[{"prompt": f"Ann {i}", "target": f" has {i}"} for i in range(6)])
+    flags = f"--model {tmp_path}/start --data {path} --epochs 2 --batch_size 2 --lr 1e-3 --device cpu --save_every 2 --out {tmp_path}/".split()
+    run = lambda name, *more: sft.main(parse_config([*flags[:-1], flags[-1] + name, *more]))
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="gradient norm inf at step 4"):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", overflow(4))
+        run("hit")
+    ends = time.time() + 60
+    while not (tmp_path / "hit/checkpoints/step_000002").exists() and time.time() < ends:               # it is written in the background, and the end of a process waits for that
+        time.sleep(0.01)
+    assert [p.name for p in (tmp_path / "hit/checkpoints").glob("step_*")] == ["step_000002"] and not (tmp_path / "hit/model.safetensors").exists()
+    run("hit", "--resume", "auto")
+    run("straight")
+    assert all(map(torch.equal, *([p.detach() for p in load_model(tmp_path / name)[0].parameters()] for name in ("hit", "straight"))))
 
 # ------------------------------------------------------------------------------------------------ schedule and order
 
@@ -641,6 +689,7 @@ clip = torch.nn.utils.clip_grad_norm_
 def told(parameters, limit):
     norm = clip(parameters, limit)
     print(f"norm {float(parallel.plain(norm)):.6f} of rank {parallel.rank()}", flush=True)
+    return norm
 torch.nn.utils.clip_grad_norm_ = told
 runpy.run_path("sft.py", run_name="__main__")
 """
