@@ -52,7 +52,7 @@ class Config:
     data: str = flag("", "problems with teacher traces (JSONL or folder), or JSONL of prompt/target pairs")
     out: str = flag("", "folder of the trained checkpoint")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
-    limit: int = flag(0, "use only the first so many problems or pairs (0: all)", "[0, inf)")
+    limit: int = flag(0, "use only the first so many problems or pairs of --data (0: all); --eval_data is used whole", "[0, inf)")
     skip_bad: bool = flag(False, "list malformed lines instead of stopping at one")
     max_length: int = flag(0, "tokens that prompt and target may have together (0: the model's positions); nothing is ever cut", "[0, inf)")
     skip_long: bool = flag(False, "list longer pairs and leave them out instead of stopping at one")
@@ -113,8 +113,8 @@ def pair_fault(row: object, task: str) -> str:
 
 
 def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> list[tuple[str, str, list[int] | str, str]]:
-    """(place, source, prompt, target) of a file of prompt/target lines, or of every teacher trace of every problem; ValueError where the data are not --task's."""
-    faults: list[str] = []
+    """(place, source, prompt, target) of prompt/target lines, or of all teacher traces of problems; of --limit ones in training; ValueError where the data are not --task's."""
+    faults, first = list[str](), config.limit if split == "train" else 0
     rows = [] if Path(path).is_dir() else read_jsonl(data_file(path), faults)
     are_pairs = any(isinstance(row, dict) and row.keys() & {"prompt", "target"} for _, row in rows)
     if config.task and (rows or Path(path).is_dir()) and are_pairs != (config.task == "gsrm"):
@@ -122,7 +122,7 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
                          ("problems with teacher traces: --task gsrm takes the pairs of a GSRM, no --task any" if are_pairs else
                           "lines with 'prompt' and 'target': `python gsrm.py annotate` makes them from problems"))
     if not are_pairs:
-        problems = load_problems(path, split, config.skip_bad)[:config.limit or None]
+        problems = load_problems(path, split, config.skip_bad)[:first or None]
         tell(f"problems of {path} have no teacher trace and are left out", [p.id for p in problems if not p.teachers] if any(p.teachers for p in problems) else [])
         start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
         return [(f"{path}: problem {p.id}, trace {k}", p.problem, problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer))
@@ -136,7 +136,7 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
     if faults and not config.skip_bad:
         raise ValueError(faults[0])
     tell(f"bad lines of {path} passed over", faults)
-    return texts[:config.limit or None]
+    return texts[:first or None]
 
 
 def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = "train", positions: int = 1 << 30) -> list[Example]:

@@ -633,6 +633,25 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "problems"])
+def test_the_limit_is_of_the_training_data_only(tmp_path: Path, capsys: pytest.CaptureFixture, kind: str) -> None:
+    """Two of six are trained on, and the held-out loss is that of all five held-out pairs."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    for name, count in (("train", 6), ("test", 5)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"Ann {i}", "target": f" has {i}" * (1 + i)} if kind == "pairs" else
+                                                 {"id": f"{name} {i}", "problem": f"Ann {i}", "answer": str(i), "teachers": [f"Ann has {i}"]} for i in range(count)])
+    data, held = (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")) if kind == "pairs" else (str(tmp_path), str(tmp_path))
+    settings = config(data, eval_data=held, limit=2, model=str(tmp_path / "start"), out=str(tmp_path / "out"))
+    assert [len(load_examples(settings, TOKENIZER, path, split)) for path, split in ((data, "train"), (held, "test"))] == [2, 5]
+    sft.main(settings)
+    said = capsys.readouterr().out
+    assert "2 pairs, " in said and "5 pairs held out" in said
+    row, = json.loads((tmp_path / "out/sft.json").read_text())["epochs"]
+    pairs = [e.pair for e in load_examples(config(held), TOKENIZER, held, "test")]
+    assert len(pairs) == 5 and row["held_out"] == pytest.approx(mean_loss(load_model(tmp_path / "out")[0], pairs), abs=1e-5)
+
+
 def test_what_is_kept_is_fixed_and_checkpoints_stay_until_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told to leave after the best epoch: another --keep is refused with nothing touched (the best epoch's weights are nowhere else), the same one ends as ever."""
     tiny().save_pretrained(tmp_path / "start")
