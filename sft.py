@@ -20,7 +20,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -316,7 +316,8 @@ def main(config: Config) -> None:
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
-    start, passed = start_folder(out, asdict(config), config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
+    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], load_tokenizer(config.model))
+    start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
     check_head(model)
@@ -326,7 +327,6 @@ def main(config: Config) -> None:
     examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
     if config.dtype != "float32" or config.offload or world() > 1:
         shard(model, config.dtype, config.offload)
-    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], tokenizer)
     if rank() == 0:
         tell("checkpoints passed over", passed)
         (folder(out) / "run.json").write_text(json.dumps(record, indent=1))

@@ -607,6 +607,11 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
         sft.main(parse_config([*flags, str(tmp_path / "killed")]))
     with pytest.raises(ValueError, match="--lr was 0.01, is 0.1"):
         sft.main(parse_config([*flags, str(tmp_path / "killed"), "--resume", "auto", "--lr", "0.1"]))
+    whole = Path(path).read_text()
+    Path(path).write_text(whole.replace("Ann 3", "Ann 8"))
+    with pytest.raises(ValueError, match="--resume: .*data.jsonl has other contents .* put the old file back, or choose another --out"):
+        sft.main(parse_config([*flags, str(tmp_path / "killed"), "--resume", "auto"]))
+    Path(path).write_text(whole)
 
     real = sft.train_pairs
 
