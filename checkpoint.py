@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")      
 
 FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max_tokens", "device", "out", "offload", "gradient_checkpointing", "log_to", "reward_timeout",
         "max_faults", "warn_entropy", "warn_truncated", "warn_spreadless", "warn_ratio", "warn_unscored", "dry_run", "gpu_memory_gb",
-        "cache_gb"}                                           # settings that may change between a run and its resume
+        "cache_gb"}                                           # settings of train.py that may change between a run and its resume
 
 
 def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
@@ -154,26 +154,40 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
         optimizer.state.clear()
         for name, p in model.named_parameters():
             if f"exp_avg/{name}" in saved:
-                optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p, requires_grad=False), "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu"),        # where AdamW wants it
+                                      "exp_avg": torch.zeros_like(p, requires_grad=False), "exp_avg_sq": torch.zeros_like(p, requires_grad=False)}
     with torch.no_grad():
         dcp.load(named_tensors(model, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def start_folder(out: Path, settings: dict, resume: str) -> tuple[Path | None, list[str]]:
-    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). ValueError where `out` holds a run that is not to be
-    resumed, or one of other settings. A collective."""
+def changed(before: dict, record: dict, free: set[str]) -> str:
+    """What keeps a run with the run.json `before` from going on as `record` says, "" if nothing: settings that are not free, the contents of the data files, the chat
+    template. Files that both records have, the training data first, then the held-out, are compared by hash: they may lie elsewhere now."""
+    old, new, files = before["config"], record["config"], list(zip(before.get("data", {}).items(), record["data"].items()))
+    free = free | {*("data", "eval_data")[:len(files)]}
+    if names := [name for name in new if name not in free and old.get(name) != new[name]]:
+        return ", ".join(f"--{name} was {old.get(name)!r}, is {new[name]!r}" for name in names) + "; go on with the same settings, or choose another --out"
+    for (place, was), (file, now) in files:
+        if was != now:
+            return f"{file} has other contents (SHA-256 {now}...) than {place} when the run began ({was}...); put the old file back, or choose another --out"
+    if (was := before.get("chat_template", record["chat_template"])) != (now := record["chat_template"]):
+        return f"the chat template of --model {new['model']} is another one (SHA-256 {now}...) than when the run began ({was}...); put the old one back, or choose another --out"
+    return ""
+
+
+def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE) -> tuple[Path | None, list[str]]:
+    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin.
+    ValueError where `out` holds a run that is not to be resumed, or one of other settings (but for the `free` ones) or data. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if not resume and (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with --resume auto")
-    if not resume or not (out / "run.json").exists():
-        return None, []
-    before = read_record(out / "run.json", "config")["config"]
-    if changed := [name for name in settings if name not in FREE and before.get(name) != settings[name]]:
-        differ = ", ".join(f"--{name} was {before.get(name)!r}, is {settings[name]!r}" for name in changed)
-        raise ValueError(f"--resume: {differ}; go on with the same settings, or choose another --out")
-    return newest_of_all(out / "checkpoints")
+    before = read_record(out / "run.json", "config") if resume and (out / "run.json").exists() else {}
+    if before and (why := changed(before, record, free)):
+        raise ValueError(f"--resume: {why}")
+    all_max(0)                                                # the first process writes run.json anew: not before all have read it
+    return newest_of_all(out / "checkpoints") if before else (None, [])
 
 
 def cut_logs(out: Path, step: int) -> None:

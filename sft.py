@@ -11,8 +11,7 @@ GSRM's prompts are the ones of scoring time (gsrm.decompose_prompt and judge_pro
 The log-probs come from logprob.py, so [N, V] logits are never held. Rows of like length share a micro-batch, padded on the right, where causal attention cannot
 see: no document reads another. A parameter costs 16 bytes (float32 master 4, gradient 4, AdamW 8), in bfloat16 too, which saves time and activations; they are shared
 out over processes (parallel.py), or rest in the CPU's memory (--offload True). --dry_run says what fits.
-A run leaves its checkpoint, run.json (settings, versions, data) and, when it is through, sft.json (the same with the losses of the epochs) in --out.
-Left out on purpose: LoRA, packing.
+A run leaves its checkpoint, run.json (settings, versions, data) and, once through, sft.json (the same with the losses of the epochs) in --out. Left out on purpose: LoRA, packing.
 """
 import itertools
 import json
@@ -21,7 +20,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,12 +30,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import plan
-from checkpoint import Checkpoints, load_checkpoint, start_folder
+from checkpoint import FREE, Checkpoints, load_checkpoint, start_folder
 from command import ConfigParser, ending, flag, folder
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, hollow, inside, rank, recompute, shard, start, units, whole_state, world
+from parallel import all_sum, finish, hollow, inside, plain, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
 from update import even
 from watch import Leave, leaving, run_record
@@ -53,7 +52,7 @@ class Config:
     data: str = flag("", "problems with teacher traces (JSONL or folder), or JSONL of prompt/target pairs")
     out: str = flag("", "folder of the trained checkpoint")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
-    limit: int = flag(0, "use only the first so many problems or pairs (0: all)", "[0, inf)")
+    limit: int = flag(0, "use only the first so many problems or pairs of --data (0: all); --eval_data is used whole", "[0, inf)")
     skip_bad: bool = flag(False, "list malformed lines instead of stopping at one")
     max_length: int = flag(0, "tokens that prompt and target may have together (0: the model's positions); nothing is ever cut", "[0, inf)")
     skip_long: bool = flag(False, "list longer pairs and leave them out instead of stopping at one")
@@ -114,8 +113,8 @@ def pair_fault(row: object, task: str) -> str:
 
 
 def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> list[tuple[str, str, list[int] | str, str]]:
-    """(place, source, prompt, target) of a file of prompt/target lines, or of every teacher trace of every problem; ValueError where the data are not --task's."""
-    faults: list[str] = []
+    """(place, source, prompt, target) of prompt/target lines, or of all teacher traces of problems; of --limit ones in training; ValueError where the data are not --task's."""
+    faults, first = list[str](), config.limit if split == "train" else 0
     rows = [] if Path(path).is_dir() else read_jsonl(data_file(path), faults)
     are_pairs = any(isinstance(row, dict) and row.keys() & {"prompt", "target"} for _, row in rows)
     if config.task and (rows or Path(path).is_dir()) and are_pairs != (config.task == "gsrm"):
@@ -123,7 +122,7 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
                          ("problems with teacher traces: --task gsrm takes the pairs of a GSRM, no --task any" if are_pairs else
                           "lines with 'prompt' and 'target': `python gsrm.py annotate` makes them from problems"))
     if not are_pairs:
-        problems = load_problems(path, split, config.skip_bad)[:config.limit or None]
+        problems = load_problems(path, split, config.skip_bad)[:first or None]
         tell(f"problems of {path} have no teacher trace and are left out", [p.id for p in problems if not p.teachers] if any(p.teachers for p in problems) else [])
         start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
         return [(f"{path}: problem {p.id}, trace {k}", p.problem, problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer))
@@ -137,7 +136,7 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
     if faults and not config.skip_bad:
         raise ValueError(faults[0])
     tell(f"bad lines of {path} passed over", faults)
-    return texts[:config.limit or None]
+    return texts[:first or None]
 
 
 def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = "train", positions: int = 1 << 30) -> list[Example]:
@@ -220,7 +219,7 @@ def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), wei
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
                 optimizer: torch.optim.AdamW | None = None, first: int = 0, checkpointing: bool = False) -> Iterator[float]:
     """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of the optimiser steps from `first`
-    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs."""
+    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs. FloatingPointError: a loss or gradient is not finite."""
     optimizer = optimizer or adamw(model)
     was_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if checkpointing and not was_checkpointing:                               # the layers use it in training mode only
@@ -235,11 +234,10 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
                 (loss * world()).backward()                                  # FSDP2 averages over processes, shares are to be summed
                 total += loss.item()
             total = all_sum(torch.tensor(total, dtype=torch.float64)).item()
-            if not math.isfinite(total):
-                raise FloatingPointError(f"loss is {total} at step {step}: lower the learning rate, or look at the pairs of this step")
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step / steps)
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            norm = float(plain(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)))
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise FloatingPointError(f"loss {total:.4g}, gradient norm {norm:.4g} at step {step + 1}, which is not made: lower the learning rate, or look at its pairs")
+            optimizer.param_groups[0]["lr"] = lr * schedule(step / steps)
             optimizer.step()
             optimizer.zero_grad()
             yield total
@@ -268,8 +266,8 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
     """Writes the checkpoint in `dtype`, from the shards of all processes."""
     state = whole_state(model)
     if rank() == 0:
-        plain = hollow(model, getattr(torch, dtype))
-        save_model(plain, tokenizer, out, {name: x.to(plain.dtype) if x.is_floating_point() else x for name, x in state.items()})
+        empty = hollow(model, getattr(torch, dtype))
+        save_model(empty, tokenizer, out, {name: x.to(empty.dtype) if x.is_floating_point() else x for name, x in state.items()})
 
 
 def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: list[Pair], held_out: list[Pair], out: Path, start: Path | None) -> list[dict]:
@@ -318,7 +316,8 @@ def main(config: Config) -> None:
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
-    start, passed = start_folder(out, asdict(config), config.resume)
+    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], load_tokenizer(config.model))
+    start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
     check_head(model)
@@ -328,12 +327,13 @@ def main(config: Config) -> None:
     examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
     if config.dtype != "float32" or config.offload or world() > 1:
         shard(model, config.dtype, config.offload)
-    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], tokenizer)
     if rank() == 0:
         tell("checkpoints passed over", passed)
         (folder(out) / "run.json").write_text(json.dumps(record, indent=1))
     table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
     if rank() == 0:
+        if not any(out.glob("*.safetensors")):
+            raise FileNotFoundError(f"{out} has lost the weights of --keep {config.keep}: export the newest of its checkpoints/ with checkpoint.py, or choose another --out")
         (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
         shutil.rmtree(out / "checkpoints")
         print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")

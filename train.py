@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, flag, folder
-from data import Problem, Tokenizer, append_jsonl, check_room, data_file, load_model, load_problems, problem_ids, save_model, whole_turns
+from data import Problem, Tokenizer, append_jsonl, check_room, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
@@ -158,13 +158,18 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return c
 
 
+def data_files(config: Config) -> list[Path]:
+    """Where the problems come from: the training file and, if there is one, that of the evaluation."""
+    test = config.eval_data or config.data
+    return [data_file(config.data)] + ([data_file(test, "test")] if config.eval_data or (Path(test) / "test.jsonl").is_file() else [])
+
+
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     """(training, evaluation) problems."""
     problems = load_problems(config.data, "train", config.skip_bad)[:config.limit or None]
     if config.w_structure and (bare := [p.id for p in problems if not p.teachers]):
         raise ValueError(f"{config.data}: {len(bare)} problems have no teacher trace (first: {bare[0]}), so their structure cannot be rewarded: drop them, or use --w_structure 0")
-    held_out = load_problems(config.eval_data or config.data, "test", config.skip_bad) if config.eval_data or (Path(config.data) / "test.jsonl").is_file() else []
-    return problems, held_out[:config.eval_problems]
+    return problems, [p for file in data_files(config)[1:] for p in load_problems(file, "test", config.skip_bad)][:config.eval_problems]
 
 
 @dataclass
@@ -299,7 +304,8 @@ def main(config: Config) -> None:
     if config.dry_run:
         return plan.show(config, checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
     out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
-    start, passed = start_folder(out, asdict(config), config.resume)
+    record = run_record(config, data_files(config)[:1 + bool(config.eval_problems)], load_tokenizer(config.model))
+    start, passed = start_folder(out, record, config.resume)
     for why in passed:
         say(f"passed over {why}", flush=True)
     folder(out)
@@ -312,8 +318,7 @@ def main(config: Config) -> None:
     if rank() == 0:
         if config.resume:
             cut_logs(out, state["step"])
-        files = [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if run.held_out else [])
-        (out / "run.json").write_text(json.dumps(run_record(config, files, run.tokenizer), indent=1))
+        (out / "run.json").write_text(json.dumps(record, indent=1))
     total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
     say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + f", going on from {start}" * bool(start), flush=True)
     if state["step"] == 0 and run.held_out:

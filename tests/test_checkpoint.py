@@ -1,6 +1,7 @@
 """Checkpoints: damage is found and passed over, nothing whole is lost, and a run killed at any moment ends as if it had not been."""
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from test_train import ROOT, config, data, lines, weights  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from checkpoint import Checkpoints, damage, load_checkpoint, newest
+from checkpoint import FREE, Checkpoints, changed, damage, load_checkpoint, newest
 from data import load_model
 
 
@@ -61,6 +63,73 @@ def test_what_is_written_is_what_was_saved_though_training_goes_on(small, tmp_pa
     checkpoints.wait()
     assert damage(tmp_path / "step_000001") == "" and load_checkpoint(tmp_path / "step_000001", model, optimizer) == {"step": 1, "reward": 0.5}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), then))
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_adamw_s_step_lies_where_the_kernel_wants_it(small, tmp_path, monkeypatch, fused):
+    """Beside the parameter for the fused one, on the CPU for the others; the meta device stands for a GPU: nothing can be loaded there, but all is laid out."""
+    model, tokenizer, optimizer = small
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1)
+    checkpoints.wait()
+    monkeypatch.setattr(dcp, "load", lambda tensors, **how: None)
+    model.to("meta").tie_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    load_checkpoint(tmp_path / "step_000001", model, optimizer)
+    for p in model.parameters():
+        state = optimizer.state[p]
+        assert state["step"].device.type == ("meta" if fused else "cpu") and state["exp_avg"].device == state["exp_avg_sq"].device == p.device
+        assert state["step"].dtype == torch.float32 and state["step"].shape == () and state["exp_avg"].shape == p.shape
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
+def test_a_fused_adamw_goes_on_bitwise_from_what_was_saved(tmp_path, device):
+    """Two steps, against one step, a checkpoint, and the second step from it; sft.py's optimiser on a GPU is this one."""
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(input_ids=torch.tensor([[1, 2, 3]], device=device)).logits.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def fresh():
+        model, tokenizer = load_model("toy/student", device)
+        return model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model, tokenizer, optimizer = fresh()
+    steps(model, optimizer, 1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1)
+    checkpoints.wait()
+    again, _, other = fresh()
+    load_checkpoint(tmp_path / "step_000001", again, other)
+    assert {state["step"].item() for state in other.state.values()} == {1.0} and {state["step"].device.type for state in other.state.values()} == {device}
+    assert all(map(torch.equal, steps(model, optimizer, 1), steps(again, other, 1)))
+
+
+RECORD = {"config": {"data": "a", "eval_data": "", "lr": 1.0, "keep": 2, "model": "m"}, "data": {"a": "1"}, "chat_template": "t"}
+HELD = RECORD | {"config": RECORD["config"] | {"eval_data": "b"}, "data": {"a": "1", "b": "2"}}
+SAME = RECORD | {"config": RECORD["config"] | {"eval_data": "a"}}                     # held out is what is trained on: one file
+
+
+def given(record, **other):
+    return record | {"config": record["config"] | {k: v for k, v in other.items() if k in record["config"]}} | ({"data": other["files"]} if "files" in other else {})
+
+
+@pytest.mark.parametrize("before, now, says", [
+    (RECORD, RECORD, ""), (HELD, HELD, ""), (SAME, SAME, ""), (RECORD, given(RECORD, keep=3), ""),
+    (RECORD, given(RECORD, data="c", files={"c": "1"}), ""), (HELD, given(HELD, data="c", eval_data="d", files={"c": "1", "d": "2"}), ""),              # moved
+    (RECORD, given(RECORD, files={"a": "1", "test": "9"}), ""),                                                                     # --eval_problems was 0
+    (RECORD, given(RECORD, lr=2.0), "--lr was 1.0, is 2.0; go on with the same settings"),
+    (RECORD, given(RECORD, files={"a": "9"}), r"^a has other contents \(SHA-256 9...\) than a when the run began \(1...\); put the old file back, or choose another --out$"),
+    (HELD, given(HELD, data="c", files={"c": "9", "b": "2"}), "^c has other contents .* than a "), (HELD, given(HELD, files={"a": "1", "b": "9"}), "^b has other contents"),
+    (HELD, given(HELD, data="b", eval_data="a", files={"b": "2", "a": "1"}), "^b has other contents .* than a "),
+    (RECORD, given(HELD), "--eval_data was '', is 'b'"), (HELD, given(RECORD), "--eval_data was 'b', is ''"), (SAME, HELD, "--eval_data was 'a', is 'b'"),
+    (RECORD, RECORD | {"chat_template": "u"}, r"the chat template of --model m is another one \(SHA-256 u...\) than when the run began \(t...\)"),
+    ({"config": RECORD["config"]}, RECORD, ""), ({"config": RECORD["config"]}, given(RECORD, data="c", files={"c": "1"}), "--data was 'a', is 'c'"),     # no hashes
+])
+def test_what_keeps_a_run_from_going_on(before, now, says):
+    why = changed(before, now, FREE)
+    assert re.search(says, why) if says else why == ""
 
 
 def test_the_last_ones_and_the_best_are_kept(small, tmp_path):

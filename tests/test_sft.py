@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_parallel import torchrun
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -283,9 +285,55 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         before["model.norm.weight"][3] = model.model.norm.weight[3] = math.nan
-    with pytest.raises(FloatingPointError, match="step 0: lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="loss nan, gradient norm nan at step 1, which is not made: lower the learning rate"):
         list(train_pairs(model, itertools.repeat(BATCH), 2, 1e-3, lambda progress: 1.0))
     assert all(torch.equal(v.nan_to_num(9), before[k].nan_to_num(9)) for k, v in model.state_dict().items())
+
+
+def overflow(at: int) -> Callable:
+    """clip_grad_norm_ that finds, in its call number `at`, what an overflow in the backward pass leaves behind on this process: one infinite element."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def spoiled(parameters: Iterator[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        parameters = list(parameters)
+        if next(calls) == at:
+            grad = parameters[-1].grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad).view(-1)[:1] = math.inf
+        return clip(parameters, limit)
+    return spoiled
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_moves_nothing(alone: None, monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+    """Two steps are made, the third is not: weights and moments are those of the second."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow(3))
+    model = parallel.shard(tiny()) if sharded else tiny()
+    optimizer, losses = sft.adamw(model), []
+    with pytest.raises(FloatingPointError, match=r"loss \d.*, gradient norm inf at step 3, which is not made: lower the learning rate, or look at its pairs"):
+        for loss in train_pairs(model, itertools.repeat(BATCH), 5, 1e-3, lambda progress: 1.0, optimizer=optimizer):
+            losses.append(loss)
+            after = [parallel.plain(p.detach()).clone() for p in model.parameters()]
+    assert len(losses) == 2 and losses[1] < losses[0] and {s["step"].item() for s in optimizer.state.values()} == {2.0} and not model.training
+    assert all(torch.equal(parallel.plain(p.detach()), old) and old.isfinite().all() for p, old in zip(model.parameters(), after, strict=True))
+
+
+def test_a_run_that_a_gradient_ends_keeps_its_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the step, writes no model, and the same command goes on from step 2 to the weights of a run without the accident."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    path = file_of(tmp_path, *[{"prompt": f"Ann {i}", "target": f" has {i}"} for i in range(6)])
+    flags = f"--model {tmp_path}/start --data {path} --epochs 2 --batch_size 2 --lr 1e-3 --device cpu --save_every 2 --out {tmp_path}/".split()
+    run = lambda name, *more: sft.main(parse_config([*flags[:-1], flags[-1] + name, *more]))
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="gradient norm inf at step 4"):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", overflow(4))
+        run("hit")
+    ends = time.time() + 60
+    while not (tmp_path / "hit/checkpoints/step_000002").exists() and time.time() < ends:               # it is written in the background, and the end of a process waits for that
+        time.sleep(0.01)
+    assert [p.name for p in (tmp_path / "hit/checkpoints").glob("step_*")] == ["step_000002"] and not (tmp_path / "hit/model.safetensors").exists()
+    run("hit", "--resume", "auto")
+    run("straight")
+    assert all(map(torch.equal, *([p.detach() for p in load_model(tmp_path / name)[0].parameters()] for name in ("hit", "straight"))))
 
 # ------------------------------------------------------------------------------------------------ schedule and order
 
@@ -559,6 +607,11 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
         sft.main(parse_config([*flags, str(tmp_path / "killed")]))
     with pytest.raises(ValueError, match="--lr was 0.01, is 0.1"):
         sft.main(parse_config([*flags, str(tmp_path / "killed"), "--resume", "auto", "--lr", "0.1"]))
+    whole = Path(path).read_text()
+    Path(path).write_text(whole.replace("Ann 3", "Ann 8"))
+    with pytest.raises(ValueError, match="--resume: .*data.jsonl has other contents .* put the old file back, or choose another --out"):
+        sft.main(parse_config([*flags, str(tmp_path / "killed"), "--resume", "auto"]))
+    Path(path).write_text(whole)
 
     real = sft.train_pairs
 
@@ -585,6 +638,63 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "problems"])
+def test_the_limit_is_of_the_training_data_only(tmp_path: Path, capsys: pytest.CaptureFixture, kind: str) -> None:
+    """Two of six are trained on, and the held-out loss is that of all five held-out pairs."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    for name, count in (("train", 6), ("test", 5)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"Ann {i}", "target": f" has {i}" * (1 + i)} if kind == "pairs" else
+                                                 {"id": f"{name} {i}", "problem": f"Ann {i}", "answer": str(i), "teachers": [f"Ann has {i}"]} for i in range(count)])
+    data, held = (str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")) if kind == "pairs" else (str(tmp_path), str(tmp_path))
+    settings = config(data, eval_data=held, limit=2, model=str(tmp_path / "start"), out=str(tmp_path / "out"))
+    assert [len(load_examples(settings, TOKENIZER, path, split)) for path, split in ((data, "train"), (held, "test"))] == [2, 5]
+    sft.main(settings)
+    said = capsys.readouterr().out
+    assert "2 pairs, " in said and "5 pairs held out" in said
+    row, = json.loads((tmp_path / "out/sft.json").read_text())["epochs"]
+    pairs = [e.pair for e in load_examples(config(held), TOKENIZER, held, "test")]
+    assert len(pairs) == 5 and row["held_out"] == pytest.approx(mean_loss(load_model(tmp_path / "out")[0], pairs), abs=1e-5)
+
+
+def test_what_is_kept_is_fixed_and_checkpoints_stay_until_the_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to leave after the best epoch: another --keep is refused with nothing touched (the best epoch's weights are nowhere else), the same one ends as ever."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Ann {i}", "target": f" has {4 if i else 7}"} for i in range(6)])
+    write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"Ann {i}", "target": f" has {7 if i > 7 else 4}"} for i in range(6, 9)])
+    flags = (f"--model {tmp_path}/start --data {tmp_path}/train.jsonl --eval_data {tmp_path}/held.jsonl --epochs 12 --batch_size 2 --lr 1e-2 --device cpu "
+             f"--resume auto --out {tmp_path}/").split()
+    run = lambda name, keep: sft.main(parse_config([*flags[:-1], flags[-1] + name, "--keep", keep]))
+    real = sft.train_pairs
+
+    def told(*arguments: object) -> Iterator[float]:
+        for step, loss in enumerate(real(*arguments), arguments[7] + 1):
+            if step == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield loss
+    for keep, other in (("last", "best"), ("best", "last")):
+        out = tmp_path / keep
+        with monkeypatch.context() as patch, pytest.raises(Leave, match="stopped after step 30"):
+            patch.setattr(sft, "train_pairs", told)
+            run(keep, keep)
+        assert (out / "model.safetensors").exists() == (keep == "best")
+        with pytest.raises(ValueError, match=f"--keep was '{keep}', is '{other}'; go on with the same settings, or choose another --out"):
+            run(keep, other)
+        assert (out / "checkpoints/step_000030/manifest.json").exists()
+    (tmp_path / "best/model.safetensors").rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match="best has lost the weights of --keep best: export the newest"):
+        run("best", "best")
+    assert (out / "checkpoints/step_000030/manifest.json").exists() and not (out / "sft.json").exists()
+    (tmp_path / "aside").rename(tmp_path / "best/model.safetensors")
+    losses, held = [], load_pairs(config(str(tmp_path / "held.jsonl")), TOKENIZER)
+    for keep in ("best", "last"):
+        run(keep, keep)
+        losses.append([row["held_out"] for row in json.loads((tmp_path / keep / "sft.json").read_text())["epochs"]])
+        assert mean_loss(load_model(tmp_path / keep)[0], held) == pytest.approx(min(losses[0]) if keep == "best" else losses[0][-1], abs=1e-5)
+    assert losses[0] == losses[1] and len(losses[0]) == 12 and losses[0].index(min(losses[0])) < 10 and not (out / "checkpoints").exists()
+
+
 def test_the_toy_s_true_structures_train_a_gsrm(tmp_path: Path, alone: None) -> None:
     """From problems to a checkpoint in bfloat16, with activation checkpointing and a held-out share."""
     problems = toy.make_problems(0, 4, 5, (2, 3))
@@ -603,6 +713,7 @@ clip = torch.nn.utils.clip_grad_norm_
 def told(parameters, limit):
     norm = clip(parameters, limit)
     print(f"norm {float(parallel.plain(norm)):.6f} of rank {parallel.rank()}", flush=True)
+    return norm
 torch.nn.utils.clip_grad_norm_ = told
 runpy.run_path("sft.py", run_name="__main__")
 """

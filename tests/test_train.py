@@ -1,6 +1,8 @@
 """The loop: exact resume, equal runs, one gradient whatever the micro-batch or the number of processes, unscored rows left out, clear refusals."""
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Qwen2Config
 import reward
 import train
 from checkpoint import Checkpoints, load_checkpoint
-from data import Problem, load_model, problem_ids, stop_and_pad_ids, write_jsonl
+from data import Problem, file_hash, load_model, problem_ids, stop_and_pad_ids, write_jsonl
 from gsrm import Score
 from rollout import Rollout, Sampler
 from toy import make_problems
@@ -250,6 +252,35 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(data, stra
     with pytest.raises(ValueError, match="--lr was 0.0005, is 0.1"):
         train.main(config(data, straight, "--steps", "4", "--resume", "auto", "--lr", "0.1"))
     assert (straight / "log.jsonl").read_text() == before
+
+
+def test_a_run_is_not_resumed_on_other_data_or_another_chat_template(data, tmp_path):
+    """The same path with other problems in it, for training or evaluation, a folder or a file; a file that has moved is the same file."""
+    out, student, problems = tmp_path / "out", tmp_path / "student", data.read_text().splitlines(keepends=True)
+    shutil.copytree("toy/student", student)
+    for name, rows in (("train", problems[:10]), ("test", problems[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    go = lambda steps, place=tmp_path, *flags: train.main(config(place, out, "--model", str(student), "--steps", str(steps), "--eval_problems", "1", "--eval_k", "1", *flags))
+    go(1)
+    kept = snapshot(out)
+    for file, said in ((tmp_path / "train.jsonl", "train.jsonl has other contents"), (tmp_path / "test.jsonl", "test.jsonl has other contents"),
+                       (student / "tiktoken.json", f"the chat template of --model {student} is another one")):
+        before = file.read_text()
+        file.write_text(before.replace("<|im_end|>\\n", "<|im_end|>") if file.suffix == ".json" else before + problems[0].replace('"id": "', '"id": "z'))
+        with pytest.raises(ValueError, match=f"--resume: .*{re.escape(said)}.* put the old (file|one) back, or choose another --out"):
+            go(2, tmp_path, "--resume", "auto")
+        assert snapshot(out) == kept
+        file.write_text(before)
+    moved = [tmp_path / "moved" / name for name in ("train.jsonl", "test.jsonl")]
+    moved[0].parent.mkdir()
+    for file in moved:
+        (tmp_path / file.name).rename(file)
+    go(2, moved[0].parent, "--resume", "auto")
+    assert [row["step"] for row in lines(out)] == [1, 2] and json.loads((out / "run.json").read_text())["data"] == {str(file): file_hash(file) for file in moved}
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_problems_without_teachers_cannot_be_structure_rewarded(tmp_path):
