@@ -100,10 +100,13 @@ class Checkpoints:
 
 
 def spare(folder: Path, keep: int) -> list[Path]:
-    """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward."""
+    """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward. One whose reward cannot be read has none."""
     def reward(path: Path) -> float:
-        note = path / "state.json"                            # not there: a kill came while it was being removed
-        return -math.inf if not note.exists() or (found := json.loads(note.read_text()).get("reward")) is None else found
+        try:                                                  # not there: a kill came while it was being removed; unreadable: damaged since, and none to go on from
+            found = json.loads((path / "state.json").read_text()).get("reward")
+        except (OSError, ValueError, AttributeError):
+            return -math.inf
+        return found if isinstance(found, (int, float)) else -math.inf
 
     older = sorted(folder.glob("step_*"))[:-keep]
     rewards = {path: reward(path) for path in older}
@@ -194,8 +197,8 @@ def cut_logs(out: Path, step: int) -> None:
     """Cuts off the log lines after `step`, so that a run that goes on from there doubles none."""
     for name in ("log.jsonl", "rollouts.jsonl"):
         if (out / name).exists():
-            lines = [line for line in (out / name).read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]     # a torn last line goes too
-            (out / f".{name}").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            lines = [line for line in (out / name).read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step]     # a last line torn, perhaps in a character, goes too
+            (out / f".{name}").write_bytes(b"".join(line + b"\n" for line in lines))
             (out / f".{name}").rename(out / name)
 
 

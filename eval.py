@@ -169,9 +169,9 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
     before, now = flat(read_record(record)), flat(wanted)
     if changed := [f"{name.strip()} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]:
         raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
-    text = out.read_text(encoding="utf-8")
-    whole = text[:text.rfind("\n") + 1]                  # what follows the last line end was cut off in writing
-    replace(out, lambda file: file.write_text(whole, encoding="utf-8"))
+    content = out.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]           # what follows the last line end was cut off in writing, perhaps inside a character
+    replace(out, lambda file: file.write_bytes(whole))
     rows = read_generations(out) if whole else []
     count = Counter(row["id"] for row in rows)
     rows = [row for row in rows if count[row["id"]] == k]

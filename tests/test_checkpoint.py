@@ -16,7 +16,7 @@ from test_train import ROOT, config, data, lines, weights  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from checkpoint import FREE, Checkpoints, changed, damage, load_checkpoint, newest
+from checkpoint import FREE, Checkpoints, changed, cut_logs, damage, load_checkpoint, newest, spare
 from data import load_model
 
 
@@ -150,6 +150,15 @@ def test_one_that_a_kill_left_half_removed_goes_with_the_next_save(small, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]               # without rewards there is no best one
 
 
+@pytest.mark.parametrize("broken", ["", "{", "[]", '{"reward": "much"}', '{"reward": null}', '{"reward": NaN}', b"\xff"])
+def test_a_checkpoint_whose_reward_cannot_be_read_has_none(tmp_path, broken):
+    """It goes as one without a reward does, and the best of the others stays."""
+    for step, note in ((1, broken), (2, '{"reward": -0.5}'), (3, '{"reward": -0.7}'), (4, '{"reward": 9}')):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "state.json").write_bytes(note.encode() if isinstance(note, str) else note)
+    assert [p.name for p in spare(tmp_path, 1)] == ["step_000001", "step_000003"] and [p.name for p in spare(tmp_path, 3)] == ["step_000001"]
+
+
 def spoil(checkpoint, how):
     file = next(checkpoint.glob("*.safetensors"))
     if how == "cut":
@@ -177,6 +186,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(data, straight, tmp_pat
         said = capsys.readouterr().out
         assert "passed over" in said and "step_000004" in said and not newest(out / "checkpoints")[1]
         assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(out).values())) and lines(out) == lines(straight)
+
+
+def test_logs_cut_at_any_byte_keep_the_lines_up_to_the_step(tmp_path):
+    whole = [json.dumps({"step": step, "text": "π 𝜋\u2028"}, ensure_ascii=False).encode() + b"\n" for step in (1, 2, 3)]
+    for end in range(len(whole[2]) + 1):
+        for name in ("log.jsonl", "rollouts.jsonl"):
+            (tmp_path / name).write_bytes(b"".join(whole[:2]) + whole[2][:end])
+        cut_logs(tmp_path, 1 if end % 2 else 2)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("log.jsonl", "rollouts.jsonl"), b"".join(whole[:1 if end % 2 else 2]))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):

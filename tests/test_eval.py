@@ -111,6 +111,20 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, small_waves, left, capsys):
     assert capsys.readouterr().out.partition("mean@3")[2] == table
 
 
+def test_generations_cut_at_any_byte_are_gone_on_with(tmp_path):
+    """The last line's text has characters of two and four bytes: wherever it is cut, the whole problems stay, byte for byte."""
+    rows = [row(name, True) | {"sample": g, "text": "π 𝜋"} for name in "ab" for g in (0, 1)]
+    out = tmp_path / "rows.jsonl"
+    evaluation.start_file(out, {}, 2)
+    evaluation.write_jsonl(out, rows)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for end in range(sum(map(len, lines[:3])), len(whole) + 1):
+        out.write_bytes(whole[:end])
+        kept = 4 if end == len(whole) else 2
+        assert evaluation.start_file(out, {}, 2) == rows[:kept] and out.read_bytes() == b"".join(lines[:kept])
+
+
 def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     out, data, lines = tmp_path / "rows.jsonl", tmp_path / "data.jsonl", (ROOT / "toy/test.jsonl").read_text().splitlines()[:2]
     data.write_text("\n".join(lines))
