@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from command import ConfigParser, Parser, ending, flag, read_record
-from data import Problem, Tokenizer, append_jsonl, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
+from data import Problem, Tokenizer, append_jsonl, file_hash, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
 from plan import CACHE_GB, sampler_of
@@ -135,16 +135,17 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return c
 
 
+MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "tokenizer*", "tiktoken.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+               "*.model")                             # weights, what they are computed under, when a text ends, what ids say; of the chat template the one in use counts
+
+
 def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
     """Everything that the generations and their scores follow from; a file is only gone on with under the same. `revision`: the hub's, of a model that is no folder here."""
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    weights = hashlib.sha256()
-    for file in sorted(Path(config.model).glob("*.safetensors")):
-        with file.open("rb") as content:
-            weights.update(hashlib.file_digest(content, "sha256").digest())
+    files = {file.name: file_hash(file) for pattern in MODEL_FILES for file in sorted(Path(config.model).glob(pattern)) if file.is_file()}
     packages = ("torch", "transformers", "math-verify") + (("vllm",) if config.engine == "vllm" else ())
     return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision,
-            "weights_sha256": weights.hexdigest(), "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems),
+            "model_files": files, "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems),
             "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template), "prompts_sha256": digest(prompts),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
 
@@ -166,7 +167,10 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
     if not record.is_file():
         raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
     flat = lambda tree: {f"{part} {name}": value for part, values in tree.items() for name, value in (values.items() if isinstance(values, dict) else (("", values),))}
-    before, now = flat(read_record(record)), flat(wanted)
+    if "weights_sha256" in (old := read_record(record)):    # its weights may be of any config.json
+        raise ValueError(f"{record} is of an earlier version, which noted of the model's files the *.safetensors only: whether the rest is the same nobody can tell; "
+                         "choose another --out, or read what is there with `python eval.py rescore`")
+    before, now = flat(old), flat(wanted)
     if changed := [f"{name.strip()} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]:
         raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
     content = out.read_bytes()

@@ -1,6 +1,7 @@
 """Sampling and scoring of an evaluation, its tables, and what `python eval.py` prints, against hand-made rows."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import plan
@@ -132,7 +135,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     evaluation.main(config)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != data}
     for change, words in ((dict(k=4), "config k was 3, is 4"), (dict(temperature=0.0), "temperature"), (dict(seed=6), "seed"),
-                          (dict(model="toy/gsrm"), "weights_sha256"), (dict(instruction="How?"), "prompts_sha256")):
+                          (dict(model="toy/gsrm"), "model_files model.safetensors was"), (dict(instruction="How?"), "prompts_sha256")):
         with pytest.raises(ValueError, match=f"other settings.*{words}.*choose another --out"):
             evaluation.main(replace(config, **change))
     with pytest.raises(ValueError, match="reward_model was None, is .*toy:read"):
@@ -144,6 +147,51 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     with pytest.raises(ValueError, match="mine.jsonl exists already, without a record"):
         evaluation.main(replace(config, out=str(tmp_path / "mine.jsonl")))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != data} == kept | {"mine.jsonl": b"precious"}
+
+
+@pytest.mark.parametrize("name, change", [("config.json", ("rope_theta", 100.0)), ("generation_config.json", ("eos_token_id", 65)), ("tiktoken.json", ("name", "other")),
+                                          ("pytorch_model.bin", 1.3), ("pytorch_model.bin", None), ("more.safetensors", None)])
+def test_an_evaluation_is_not_gone_on_with_under_another_model(tmp_path, name, change):
+    """Every file of the model's folder that samples follow from: changed, gone or new, each is named; put back, the evaluation goes on."""
+    folder, out = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(ROOT / "toy/student", folder)
+    if name == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    config = replace(CONFIG, model=str(folder), k=1, limit=2, out=str(out))
+    evaluation.main(config)
+    whole, file = out.read_bytes(), folder / name
+    out.write_bytes(whole.splitlines(keepends=True)[0])
+    kept, before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}, file.read_bytes() if file.exists() else None
+    if isinstance(change, float):
+        torch.save({key: change * tensor for key, tensor in torch.load(file).items()}, file)
+    elif change:
+        file.write_text(json.dumps(replaced(json.loads(file.read_text()), *change)))
+    elif before:                                                           # the same weights in another format: the file is another one
+        save_file({key: tensor.clone() for key, tensor in torch.load(file).items()}, folder / "model.safetensors", {"format": "pt"})
+        file.unlink()
+    else:
+        save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=rf"other settings.*model_files {name} was .*, is .*choose another --out"):
+        evaluation.main(config)
+    assert kept == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    file.write_bytes(before) if before else file.unlink()
+    (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" and change is None else None
+    evaluation.main(config)
+    assert out.read_bytes() == whole
+
+
+def replaced(tree, key, value):
+    return {k: value if k == key else replaced(v, key, value) if isinstance(v, dict) else v for k, v in tree.items()}
+
+
+def test_settings_of_an_earlier_version_say_so(tmp_path):
+    out, record = tmp_path / "rows.jsonl", tmp_path / "rows.settings.json"
+    out.write_text("x")
+    record.write_text(json.dumps({"config": {"k": 3}, "weights_sha256": "ab"}))
+    with pytest.raises(ValueError, match=r"rows.settings.json is of an earlier version.*\*.safetensors only.*choose another --out"):
+        evaluation.start_file(out, {"config": {"k": 3}, "model_files": {"config.json": "cd"}}, 3)
+    assert out.read_text() == "x"
 
 
 def test_the_budget_is_lowered_to_the_models_positions_and_said(tmp_path, monkeypatch, capsys):
