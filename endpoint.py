@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from command import ConfigParser, ending, flag
-from data import Problem, append_jsonl, load_problems, write_jsonl
+from data import Problem, append_jsonl, data_file, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
 plain = lambda text: text.encode("utf-8", "replace").decode()     # JSON may smuggle in half a surrogate pair, which no file and no request can carry
@@ -244,10 +244,23 @@ def annotation_prompt(problem: Problem, trace: str) -> str:
     return "\n\n".join((TASK, "An example.", decompose_prompt(example, solved), format_steps(steps), "The trace to be split.", decompose_prompt(problem.problem, trace)))
 
 
+def companions(out: Path) -> tuple[Path, Path]:
+    """The record of the work, beside OUT: (what was annotated, what was rejected)."""
+    return out.with_name(f"{out.name}.annotations.jsonl"), out.with_name(f"{out.name}.rejected.jsonl")
+
+
+def check_out(out: Path, data: Path) -> None:
+    """ValueError where OUT, or the record beside it, is the data file, or where OUT is there and no annotation has written it: it would be overwritten."""
+    if any(path.exists() and path.samefile(data) for path in (out, *companions(out))):
+        raise ValueError(f"--out {out}: it, or the record beside it, is the data file: choose another --out")
+    if out.exists() and not any(path.is_file() for path in companions(out)):
+        raise ValueError(f"{out} exists already, without the record of an annotation ({companions(out)[0].name}): choose another --out")
+
+
 def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejected: bool = False) -> str:
     """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one of this model's, as soon as its answer comes; then OUT from the
     former. What other models wrote under the same OUT stays in the record and out of OUT: no trace has two targets there."""
-    record, rejected = (out.with_name(f"{out.name}.{kind}.jsonl") for kind in ("annotations", "rejected"))
+    record, rejected = companions(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if retry_rejected:
         rejected.unlink(missing_ok=True)
@@ -306,9 +319,10 @@ def annotate_main(argv: list[str]) -> None:
         problems = load_problems(args.data, skip_bad=args.skip_bad)[:args.limit or None]
         if not any(p.teachers for p in problems):
             raise ValueError(f"{args.data}: no problem has a teacher trace, so there is nothing to annotate")
+        check_out(out := Path(args.out or f"out/{Path(args.data).stem}.pairs.jsonl"), data_file(args.data))
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
         try:
-            print(annotate(problems, endpoint, Path(args.out or f"out/{Path(args.data).stem}.pairs.jsonl"), args.retry_rejected))
+            print(annotate(problems, endpoint, out, args.retry_rejected))
         except KeyboardInterrupt:
             sys.exit("interrupted: the same command goes on where this one was")
         finally:                                         # an outage or Ctrl-C has cost something too

@@ -672,6 +672,22 @@ def test_without_out_the_pairs_are_named_after_the_data(fake: Fake, tmp_path: Pa
     assert len(rows_of(tmp_path / "out" / "problems.pairs.jsonl")) == 12
 
 
+@pytest.mark.parametrize("out, message", [("problems.jsonl", "is the data file"), ("link", "is the data file"), ("hard", "is the data file"), ("data", "is the data file"),
+                                          ("mine.jsonl", "mine.jsonl exists already, without the record"), (".", "exists already")])
+def test_neither_the_data_nor_somebody_s_file_is_overwritten(out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before a server is thought of, by whatever name the data go; "data" is one whose record would be the data file."""
+    monkeypatch.setattr(module, "Endpoint", lambda *args, **more: pytest.fail("an endpoint was made"))
+    data = Path(problems_file(tmp_path, PROBLEMS))
+    (tmp_path / "mine.jsonl").write_text("precious\n")
+    (tmp_path / "link").symlink_to(data)
+    (tmp_path / "hard").hardlink_to(data)
+    given = data.rename(tmp_path / "data.annotations.jsonl") if out == "data" else data
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(SystemExit, match=f"^error: .*{message}.*choose another --out$"):
+        annotate_main([str(given), "--url", "http://127.0.0.1:1/v1", "--model", "big", "--out", str(tmp_path / out)])
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
 def test_limit_takes_the_first_problems(fake: Fake, tmp_path: Path) -> None:
     fake.behave = annotator
     annotate_main(command(fake, problems_file(tmp_path, PROBLEMS), tmp_path / "o", "--limit", "2"))
