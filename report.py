@@ -277,7 +277,7 @@ def show(row: dict, color: bool = False) -> str:
     plain = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
     rewards = row.get("rewards") or {"structure": row.get("structure")}
     where = [f"step {row['step']}"] if "step" in row else []
-    lines = [" ".join([*where, f"problem {row['id']}", f"sample {row['sample']}", ""])] if "sample" in row else []
+    lines = [plain(" ".join([*where, f"problem {row['id']}", f"sample {row['sample']}", ""]))] if "sample" in row else []
     lines += [plain(row["problem"]), "", ] if "problem" in row else []
     lines += [plain(row["text"].strip()), ""]
     for i, (meta, query, answer, earned) in enumerate(row["steps"] or []):
@@ -291,9 +291,9 @@ def show(row: dict, color: bool = False) -> str:
         parts = [f"{name} {'unscored' if value is None else f'{value:.2f}'}" for name, value in rewards.items()]
         parts += [f"true structure {row['true_structure']:.2f}"] if row["true_structure"] is not None else []
         parts += [f"advantage {row['advantage']:+.2f}", "stopped by itself" if row["stop"] == "stop" else "cut off at the limit", f"{row['length']} tokens"]
-        return "\n".join([*lines, "  " + ", ".join(parts) + (f", gold answer {row['gold']}" if "gold" in row else "")])
+        return "\n".join([*lines, plain("  " + ", ".join(parts) + (f", gold answer {row['gold']}" if "gold" in row else ""))])
     verdict = {True: "right", False: "wrong", None: "not graded"}[row["correct"]]
-    return "\n".join([*lines, f"  structure reward {row['structure']}, true {row['true_structure']}, answer {row['answer']} ({verdict})"])
+    return "\n".join([*lines, plain(f"  structure reward {row['structure']}, true {row['true_structure']}, answer {row['answer']} ({verdict})")])
 
 
 def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int | None) -> list[dict]:

@@ -206,6 +206,16 @@ def test_show_says_what_was_lost_and_keeps_escapes_off_the_terminal():
     assert colors == ["\x1b[32m", *["\x1b[33m"] * 3, "\x1b[31m"] and "not graded" in report.show(r | {"correct": None})
 
 
+@pytest.mark.parametrize("more", [{}, {"rewards": {"structure": 0.5}, "advantage": 0.5, "step": 1}])
+def test_no_field_of_a_completion_reaches_the_terminal_unfiltered(more):
+    """The whole screen cleared, the window's title set: by id, problem, text, steps, and in the last line by answer or gold."""
+    bad = "5\x1b[2J\x1b]0;owned\x07\x9b"
+    lines = report.show(row(bad, True, bad, text=bad, problem=bad, gold=bad, steps=[[bad, bad, bad, 1.0]], choices=[True]) | more).splitlines()
+    safe = "5?[2J?]0;owned??"
+    assert not any("\x00" <= c < " " or "\x7f" <= c <= "\x9f" for line in lines for c in line)
+    assert lines[0].endswith(f"problem {safe} sample 0 ") and (f"gold answer {safe}" if more else f"answer {safe} (right)") in lines[-1]
+
+
 def rollout(step, problem, sample, advantage, **more):
     return row(problem, None, sample=sample) | {"step": step, "rewards": {"structure": 0.5, "outcome": None}, "advantage": advantage, "stop": "length", "length": 150} | more
 
