@@ -154,9 +154,9 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     return [e for e in examples if length(e) <= most]
 
 
-def load_pairs(config: Config, tokenizer: Tokenizer) -> list[Pair]:
-    """The token pairs of --data."""
-    return [e.pair for e in load_examples(config, tokenizer, config.data)]
+def load_pairs(config: Config, tokenizer: Tokenizer, positions: int = 1 << 30) -> list[Pair]:
+    """The token pairs of --data, as load_examples takes them."""
+    return [e.pair for e in load_examples(config, tokenizer, config.data, "train", positions)]
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -309,8 +309,8 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
 
 def main(config: Config) -> None:
     if config.dry_run:
-        here = Path(config.model).is_dir() and Path(config.data or "-").exists()
-        lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model))] if here else []
+        here, positions = Path(config.model).is_dir() and Path(config.data or "-").exists(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
+        lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model), positions)] if here else []
         return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
     out = Path(config.out)
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]

@@ -1,4 +1,5 @@
 """The plan against hand calculations and against real tensors; every preset in a small step; nothing is loaded or written by --dry_run."""
+import json
 import os
 import subprocess
 import sys
@@ -198,6 +199,21 @@ def test_dry_run_of_sft_counts_pairs_that_lie_here(data, tmp_path, capsys):  # n
     assert (f"; {len(pairs)} pairs, {round(3 * len(pairs) / 4)} steps; at most {longest} tokens each (the longest of {data}), {4 * longest} a step" in out
             and "\nfits in 80 GB" in out)
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_sft_plans_for_the_pairs_that_the_run_takes(tmp_path, capsys):
+    """A pair longer than the model's 1024 positions: refused in the run's own words, or with --skip_long left out of what is planned for."""
+    lines = [{"prompt": "Ann", "target": "Bob"}, {"prompt": "Ann", "target": "Bob " * 1100}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--model", "toy/student", "--data", str(tmp_path / "data.jsonl"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"data.jsonl:2: \d+ tokens, more than 1024 .*1 of 2 pairs are too long: --skip_long") as said:
+        sft.main(sft.parse_config(flags))
+    with pytest.raises(ValueError) as planned:
+        sft.main(sft.parse_config([*flags, "--dry_run"]))
+    assert str(planned.value) == str(said.value) and "fits" not in capsys.readouterr().out
+    sft.main(sft.parse_config([*flags, "--dry_run", "--skip_long", "True"]))
+    (prompt, target), = sft.load_pairs(sft.parse_config([*flags, "--limit", "1"]), load_tokenizer("toy/student"))
+    assert f"; 1 pairs, 1 steps; at most {len(prompt) + len(target)} tokens each" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_dry_run_counts_prompts_that_lie_here(data, tmp_path, capsys):  # noqa: F811
