@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from command import Parser, at_least, ending
-from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, save_model, split_completion, write_jsonl
+from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, read_jsonl, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
 from sft import adamw, token_pair, train_pairs
@@ -69,7 +69,6 @@ Hop = tuple[str, str, str]                              # (kind, whom it serves,
 def plan(parts: dict[str, tuple[str, ...]], target: str, second_first: bool = False) -> list[Hop]:
     """The teacher's walk: look at whoever is needed, his parts depth first, then add them up."""
     hops: list[Hop] = []
-
     def visit(serves: str, x: str) -> None:
         hops.append(("look", serves, x))
         for o in parts[x][::-1] if second_first else parts[x]:
@@ -77,7 +76,6 @@ def plan(parts: dict[str, tuple[str, ...]], target: str, second_first: bool = Fa
                 visit(x, o)
         if parts[x]:
             hops.append(("add", x, x))
-
     visit(target, target)
     return hops
 
@@ -254,8 +252,7 @@ def probe(model: Qwen3ForCausalLM, tok: TiktokenTokenizer, problems: list[Proble
     """Accuracy, and mean credit of following the teacher by the true structure, on held-out problems."""
     rollout = Sampler(model, {tok.eos_token_id}, tok.pad_token_id).generate([problem_ids(tok, p) for p in problems], 1, 140, temperature)
     texts = [split_completion(tok.decode(rollout.completion(n), skip_special_tokens=True)) for n in range(len(problems))]
-    same = lambda pairs: [float(t == s) for _, t, s in pairs]
-    scores = structure_rewards([read(trace) for trace, _ in texts], [[read(t) for t in p.teachers] for p in problems], same)
+    scores = structure_rewards([read(trace) for trace, _ in texts], [[read(t) for t in p.teachers] for p in problems], lambda pairs: [float(t == s) for _, t, s in pairs])
     right = sum(final == f"\\boxed{{{p.answer}}}" for (_, final), p in zip(texts, problems))
     return f"accuracy {right / len(problems):.2f} structure {sum(s.value for s in scores) / len(problems):.2f}"
 
@@ -329,8 +326,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "problems":
         with ending():
-            (append_jsonl if args.append else write_jsonl)(args.out, [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)])
-        return
+            rows = [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)]
+            there = {row.get("id") for _, row in read_jsonl(args.out) if isinstance(row, dict)} if args.append and Path(args.out).exists() else set()
+            if twice := next((row["id"] for row in rows if row["id"] in there), ""):
+                raise ValueError(f"{args.out} holds a problem {twice} already, and ids must be unique: choose another --seed than {args.seed}")
+            return (append_jsonl if args.append else write_jsonl)(args.out, rows)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "make.log").unlink(missing_ok=True)
     started = time.time()

@@ -94,6 +94,24 @@ def test_problems_are_a_function_of_the_seed():
     assert toy.make_problems(7, 5, 9, (4, 6)) == toy.make_problems(7, 5, 9, (4, 6)) != toy.make_problems(8, 5, 9, (4, 6))
 
 
+def test_problems_are_appended_once(tmp_path, monkeypatch):
+    """A second call of the same seed, in other words too, is refused and touches nothing; another seed or level goes behind what is there."""
+    out = tmp_path / "problems.jsonl"
+    def call(*flags):
+        monkeypatch.setattr("sys.argv", ["toy.py", "problems", "--people", "5", "--needed", "2", "4", "--count", "3", "--out", str(out), "--append", *flags])
+        toy.main()
+    call("--seed", "1")
+    call("--seed", "2")
+    first = out.read_bytes()
+    for more in ([], ["--wording", "other"], ["--count", "1"]):
+        with pytest.raises(SystemExit, match=r"^error: .*problems.jsonl holds a problem 5-24-2-0 already.*choose another --seed than 2$"):
+            call("--seed", "2", *more)
+    assert out.read_bytes() == first
+    call("--seed", "2", "--people", "6")
+    want = [*toy.make_problems(1, 3, 5, (2, 4)), *toy.make_problems(2, 3, 5, (2, 4)), *toy.make_problems(2, 3, 6, (2, 4))]
+    assert load_problems(out) == want
+
+
 def test_training_texts_of_gsrm_are_in_the_step_format():
     rng = random.Random(0)
     for _ in range(200):
