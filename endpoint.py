@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -100,8 +101,9 @@ class Endpoint:
         self.in_row, self.down_until, self.last_error = 0, 0.0, ""                                      # failures in a row; when to probe (0: not down)
 
     def generate(self, prompts: list[str]) -> list[str | None]:
-        """The greedy answer to each prompt, None = failed."""
-        return [answer.text if answer else None for answer in self.run(prompts, lambda prompt: self.ask(prompt, {"max_tokens": self.max_new_tokens}))]
+        """The greedy answer to each prompt, None = failed, "" = the prompt's own fault: refused (400, 413, 422; mostly for its length), or answered with nothing."""
+        answers = self.run(prompts, lambda prompt: self.ask(prompt, {"max_tokens": self.max_new_tokens}))
+        return [answer.text if answer else None if answer is None else "" for answer in answers]
 
     def p_yes(self, prompts: list[str]) -> list[float | None]:
         """p(yes) / (p(yes) + p(no)) of the answer to each prompt, None = failed, or neither was said."""
@@ -145,8 +147,8 @@ class Endpoint:
             self.count("unclear", f"says neither yes nor no, but {answer.text[:40]!r}")
         return p if answer else None
 
-    async def ask(self, prompt: str, fields: dict[str, object]) -> Answer | None:
-        """One request through the circuit breaker."""
+    async def ask(self, prompt: str, fields: dict[str, object]) -> Answer | Literal[False] | None:
+        """One request through the circuit breaker; None = failed, False = by the prompt's own fault, as a server that lives said."""
         if self.down_until:
             async with self.probe:                       # the first one here is the probe, the others wait for what it learns
                 if self.down_until and time.monotonic() >= self.down_until:
@@ -156,7 +158,7 @@ class Endpoint:
             return None
         return await self.send(prompt, fields, self.retries)
 
-    async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | None:
+    async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | Literal[False] | None:
         """One request and its retries. Garbage is a failure of the server, an empty text one of the prompt, and so are 400, 413 and 422; 401, 403, 404 meet all."""
         self.stats["requests"] += 1
         body = {name: value for name, value in {"temperature": 0.0, **fields, **self.extra}.items() if value is not None}
@@ -190,8 +192,8 @@ class Endpoint:
             self.stats["retries"] += 1
         return self.failed(kind, error, lives)
 
-    def failed(self, kind: str, error: str, lives: bool) -> None:
-        """Counts a failed request; too many in a row open the breaker, unless a living server has answered."""
+    def failed(self, kind: str, error: str, lives: bool) -> Literal[False] | None:
+        """Counts a failed request; too many in a row open the breaker, unless a living server has answered (then False)."""
         shown = error.replace(self.key, "***") if self.key != "none" else error                         # some servers send the key back
         self.last_error = "".join(c for c in " ".join(shown.split())[:300] if c.isprintable())
         self.count(kind, f"fails, {kind}: {self.last_error}")
@@ -200,6 +202,7 @@ class Endpoint:
             if not self.down_until:
                 print(f"warning: {self.url} is down, {self.in_row} failures in a row, one probe every {self.cooldown:g} s; {self.last_error}", file=sys.stderr, flush=True)
             self.down_until = time.monotonic() + self.cooldown
+        return False if lives else None
 
     def count(self, kind: str, text: str) -> None:
         """One more in the statistics; the first of its kind is told."""
@@ -260,7 +263,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         problem, trace = tasks[key]
         answer = await endpoint.ask(annotation_prompt(problem, trace), {"max_tokens": endpoint.max_new_tokens})
         bar.update()
-        if answer is None:
+        if not answer:
             return None
         parsed = parse_steps(answer.text.rpartition("</think>")[2])                  # what a model thinks first is not its answer
         wrong = ["cut off"] * (answer.finish == "length") + [why for why in parsed.dropped if not why.startswith("text before")] or ["no steps"] * (not parsed.steps)

@@ -164,12 +164,12 @@ class TextModel:
         if not all(self.answers):
             raise ValueError("the judge's tokenizer has no single token for yes or for no: p(yes) cannot be read off its first answer token")
 
-    def generate(self, prompts: list[str]) -> list[str | None]:
-        """The greedy completion of each prompt, its stop token left out; None for a prompt that fills the model's positions."""
+    def generate(self, prompts: list[str]) -> list[str]:
+        """The greedy completion of each prompt, its stop token left out; "" for a prompt that fills the model's positions (it always will: no outage)."""
         ids = [self.encode(p) for p in prompts]
         room = [min(self.max_new_tokens, self.sampler.max_positions - len(i)) for i in ids]
         order = sorted((n for n in range(len(ids)) if room[n] > 0), key=lambda n: len(ids[n]))              # like lengths share a wave: little padding
-        texts: list[str | None] = [None] * len(ids)
+        texts = [""] * len(ids)
         for rows in ([n for n in order if room[n] == self.max_new_tokens], *([n] for n in order if room[n] < self.max_new_tokens)):        # a long prompt's own answer is short
             rollout = self.sampler.generate([ids[n] for n in rows], 1, room[rows[0]], 0.0) if rows else None
             for i, n in enumerate(rows):

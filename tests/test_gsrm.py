@@ -71,7 +71,7 @@ def but(index: int, *fields: str, of: list[Step] = TEACHER) -> list[Step]:
     return [replace(step, **{f: f"other {f}" for f in fields}) if i == index else step for i, step in enumerate(of)]
 
 
-def one(student: list[Step], *teachers: list[Step], judge: Judge = exact_judge, normalize: bool = True, stop: bool = True) -> Score:
+def one(student: list[Step], *teachers: list[Step] | None, judge: Judge = exact_judge, normalize: bool = True, stop: bool = True) -> Score:
     return structure_rewards([student], [list(teachers)], judge, normalize, stop)[0]
 
 
@@ -671,6 +671,32 @@ def test_teacher_that_cannot_be_read_is_unscored_and_does_not_shift_the_others()
     reader = Reader(["garbage", format_steps(TEACHER)], ["garbage"])
     [score] = GSRM(reader, exact_judge)(["p"], [T], [["z/z/z", T]])
     assert score.value == 1.0 and score.trace == 1
+
+
+def test_an_outage_on_one_of_the_teachers_traces_is_no_reward(tmp_path: Path) -> None:
+    """Scored by the other trace alone, who follows the one that could not be asked would get 0 and learn from the outage."""
+    ours, half = [T, text_of(OTHER)], text_of(OTHER[:1])
+    for first in (None, "garbage"):
+        gsrm = GSRM(Reader([format_steps(TEACHER), first], [None]), exact_judge, tmp_path / f"{first}.jsonl")
+        scores = gsrm(["p"] * 5, [T + " ", text_of(OTHER) + " ", half, text_of(TEACHER[:2]), ""], [ours] * 5)
+        assert [s.value for s in scores] == [1.0, None, None, None, 0.0] and scores[0].trace == 0                # 1 cannot be beaten, and a near-empty trace follows nobody
+        assert [s.reason for s in scores[1:4]] == ["a teacher trace could not be asked"] * 3 and [s.structure for s in scores[1:3]] == [OTHER, OTHER[:1]]
+        assert (gsrm.stats["unscored"], gsrm.stats["outages"], gsrm.stats["not_decomposed"]) == (3, 1, 1)
+        scores = gsrm(["p"] * 4, [T + " ", text_of(OTHER) + " ", half, text_of(TEACHER[:2])], [ours] * 4)        # nothing of the outage is remembered
+        assert [s.value for s in scores] == [1.0, 1.0, 0.5, 0.5] and gsrm.stats["unscored"] == 3
+    raw = GSRM(Reader([format_steps(TEACHER), None], [None]), exact_judge, normalize=False)
+    assert [s.value for s in raw(["p"] * 2, [T + " ", half], [ours] * 2)] == [None, None]                        # a sum has no highest value
+    for cannot in ("garbage", ""):                                   # asked, and there is nothing to be had, today or tomorrow: the other trace decides
+        gsrm = GSRM(Reader([format_steps(TEACHER), cannot], [cannot]), exact_judge)
+        assert [s.value for s in gsrm(["p"] * 2, [text_of(OTHER) + " ", text_of(TEACHER[:2])], [ours] * 2)] == [0.0, 0.5] and not gsrm.stats["outages"]
+    gsrm = GSRM(Reader([format_steps(TEACHER), None], [""]), exact_judge)                                        # the last attempt says what it is
+    assert gsrm(["p"], [half], [ours])[0].value == 0.0
+
+
+def test_a_teacher_structure_that_is_not_known_leaves_only_the_highest_score() -> None:
+    assert one(TEACHER, None, TEACHER) == Score(1.0, [1, 1, 1, 1], None, 1, TEACHER) and one(TEACHER, TEACHER, None).trace == 0
+    assert [one(s, *t).reason for s, t in ((TEACHER, [None]), (TEACHER[:3], [TEACHER, None]), (OTHER, [None, TEACHER, []]))] == ["a teacher trace could not be asked"] * 3
+    assert one(TEACHER, TEACHER, None, normalize=False).value is None and one(TEACHER, TEACHER, [], normalize=False).value == 4
 
 
 def test_a_teacher_without_a_faithful_step_is_read_once_too(tmp_path: Path) -> None:
