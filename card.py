@@ -212,7 +212,7 @@ class Config:
 
 LEGEND = {
     "reading": """  precision: share of the steps it wrote that are true ones; recall: share of the true steps that it wrote; exact: traces with all steps right, in order
-  length_ratio: steps written / true steps; unread: traces it could not read; faithful: share of its steps whose answer occurs in the trace (others are dropped)""",
+  length_ratio: steps written / true steps; unread: traces it could not read (too few tokens?); faithful: share of its steps whose answer is in the trace (others are dropped)""",
     "judge": """  same: a true step's text and the same step as it was read; other step: texts of two steps of one problem; shuffled: of two problems; not settled by the text: all
   pairs that a model has to decide; said_yes: share judged the same (other step, shuffled: false yes); brier, ece: errors of its probabilities, 0 is best; failed: no verdict""",
     "attacks": """  (honest): the student's samples or, without --model, the first half of each teacher's trace; each row below alters them to cheat

@@ -550,6 +550,24 @@ def test_gsrm_through_an_outage(fake: Fake, make: Callable[..., Endpoint], tmp_p
     assert gsrm.stats["unscored"] == 4
 
 
+def test_a_structure_that_was_cut_off_is_not_read(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two steps of a teacher's four would pass for all of them: the student who takes two would get 1, and the cache would keep it for a run with more room."""
+    teacher, student = "a 1 then b 2 then c 3 then d 4", "a 1 then b 2 and that is it"
+
+    def behave(body: dict) -> Reply:
+        written = structure(text_of(body).rsplit("<trace>", 1)[1]).split(" ")
+        return ok(" ".join(written[:body["max_tokens"]]), finish="length" if len(written) > body["max_tokens"] else "stop")
+    fake.behave = behave
+    for room, value in ((28, None), (100, 0.5)):
+        gsrm = load_gsrm(f"{fake.url}#m", "", tmp_path / "cache.jsonl", "cpu", room)
+        assert [s.value for s in gsrm(["P"], [student], [[teacher]])] == [value] and len(read_structures(tmp_path)) == (value is not None)
+        assert gsrm.stats["cut_off"] == (2 if value is None else 0) and not gsrm.stats["outages"]                    # the teacher's, at both attempts
+    assert capsys.readouterr().err.count("is --gsrm_max_new_tokens (max_new_tokens=28) too small?") == 1
+    fake.behave = lambda body: ok(None, finish="length")             # a budget that went into thinking, in a field of its own
+    e = load_gsrm(f"{fake.url}#m", "", None, "cpu").generate.__self__
+    assert e.generate(["x"]) == [""] and e.stats["cut_off"] == 1 and not e.stats["empty"]
+
+
 @pytest.mark.parametrize(("body", "said"), [(b'{"object": "list", "data": [{"id": "org/one", "object": "model"}]}', "org/one"),
                                             (b'{"data": [{"id": "a"}, {"id": "b"}]}', "which model of 2? write it behind a #, as in {}#a"), (b'{"data": []}', "which model?"),
                                             (b"<html>", "which model?"), (b"[]", "which model?"), (b'{"data": [3]}', "which model?"), (b'{"error": "no"}', "which model?")])

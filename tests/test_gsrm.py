@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data import Problem, TiktokenTokenizer, chat_ids
+from data import Problem, TiktokenTokenizer, chat_ids, load_problems
 from eval import load_gsrm
 from grade import grade_all
 from gsrm import (
@@ -589,6 +589,16 @@ def test_gsrm_scores_what_structure_rewards_does() -> None:
     assert [s.value for s in scores] == [1, 0.5, 0.5, 0.875, 1]
     raw = GSRM(Reader(), exact_judge, normalize=False)(["p"], [T], [[T]])
     assert raw[0].value == 4
+
+
+def test_a_checkpoints_cut_off_structures_are_not_read_and_counted() -> None:
+    """On the toy's own reward model: half of a teacher's trace earned 1 where the budget was too small for the teacher's structure."""
+    problem = load_problems("toy", "test")[0]
+    half = "\n".join(problem.teachers[0].split("\n")[:4])
+    short, whole = (load_gsrm("toy/gsrm", "", None, "cpu", budget) for budget in (80, 200))
+    assert short.teachers([problem.problem], [problem.teachers[:1]]) == [[[]]] and short.stats["cut_off"] == 2 and not short.cache
+    [[read]] = whole.teachers([problem.problem], [problem.teachers[:1]])
+    assert len(read) > 4 and not whole.stats["cut_off"] and 0 < whole([problem], [half], [problem.teachers[:1]])[0].value < 1
 
 
 def test_gsrm_passes_the_stop_rule_on() -> None:
