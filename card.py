@@ -26,7 +26,7 @@ import torch
 from command import ConfigParser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
-from gsrm import GSRM, KINDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
+from gsrm import GSRM, KINDS, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
 from scorer import find_function, load_function, load_gsrm
 
@@ -63,7 +63,7 @@ def equal_steps(a: Step, b: Step) -> bool:
 
 def value_of(answer: str) -> Fraction | None:
     """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", None where there is none."""
-    numbers = re.findall(r"-?\d*\.?\d+", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer))
+    numbers = re.findall(r"-?\d*\.?\d+", THOUSANDS.sub(r"\1", answer))
     return Fraction(numbers[-1]) if numbers else None
 
 

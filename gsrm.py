@@ -10,7 +10,6 @@ With K teacher traces R = max over traces: any branch that the teacher has shown
 
 A reward is a number or None, "could not be scored" (judge or decomposer failed). None never becomes 0; it is left out of the group and the loss.
 Student text is untrusted: step tags, chat-template tokens and our delimiters in it are defused and its length is limited before it enters a prompt.
-
 The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
     python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read                                      # its own report card (card.py)
@@ -142,10 +141,10 @@ class Walk:
 
 
 def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step] | None]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
-    """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i
-    first, then `query` and `answer` of those still on a branch. Each distinct pair is asked once. A failed judgement (None) makes the score None unless it could not
-    have changed it; so does a teacher structure that is None (could not be asked for) unless the score is the highest there is, a normalised 1. A student without
-    steps earns 0; without teacher steps: None. stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
+    """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i first, then `query` and
+    `answer` of those still on a branch; each distinct pair is asked once. What failed (None: a judgement, or a teacher structure that could not be asked for) makes
+    the score None unless it could not have changed it (a structure: unless it is a normalised 1). A student without steps earns 0; without teacher steps: None.
+    stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
     walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace or ())], len(trace or ())) for trace in traces]
              for student, traces in zip(students, teachers, strict=True)]
     every, known = [w for group in walks for w in group], {}
@@ -191,9 +190,13 @@ NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|i
 DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
 
 
+THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
+WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
+
+
 def variables(text: str) -> set[str] | None:
     """The letters in a text that is mathematical notation and nothing else; None for words, units of several letters, and what could be read in two ways."""
-    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text if len(text) <= MAX_FIELD else "")
+    plain = THOUSANDS.sub(r"\1", text) if len(text) <= MAX_FIELD else ""
     return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", plain)) if NOTATION.fullmatch(plain) and not DOUBTFUL.search(plain) else None
 
 
@@ -239,15 +242,15 @@ def reading_rule(read: Callable[[str], list[Step]]) -> Callable[[list[str]], lis
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
+    """Its numbers (2,000 and 2{,}000 as 2000, .5 as 0.5) and lower-case words; of scripts that set no blanks, such as Chinese, Japanese and Thai, each letter."""
+    return WORD.findall(re.sub(r"\.(?<![\w.)\]}]\.)(?=\d)", "0.", THOUSANDS.sub(r"\1", text.lower())))
 
 
 def faithful(step: Step, trace: str) -> bool:
-    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words?"""
-    answer, there = words(step.answer), set(words(trace))
-    if not answer:
-        return step.answer in trace
-    return all(w in there for w in answer if w[0].isdigit()) and 2 * sum(w in there for w in answer) >= len(answer)
+    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words? 100,200 may be one number or two."""
+    answers, there = ([words(t) for t in dict.fromkeys((text, THOUSANDS.sub(r"\1 ", text)))] for text in (step.answer, trace))
+    there = set().union(*there)
+    return any(all(w in there for w in ws if w[0].isdigit()) and 2 * sum(w in there for w in ws) >= len(ws) for ws in answers) if answers[0] else step.answer in trace
 
 
 def digest(*parts: str) -> str:
@@ -296,9 +299,8 @@ class GSRM:
         """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty, None where there was an outage (all counted)."""
         flat = list(dict.fromkeys((p, t) for p, ts in zip(problems, traces, strict=True) for t in ts))
         keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
-        new = [pt for pt in flat if keys[pt] not in self.cache]
+        found, lost = self.read(new := [pt for pt in flat if keys[pt] not in self.cache])
         self.stats["cache_hits"] += len(flat) - len(new)
-        found, lost = self.read(new)
         self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in found.items() if steps is not None})
         return [[None if (p, t) in lost else parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
 
@@ -312,8 +314,7 @@ class GSRM:
 
     def decompose(self, problems: list[str], traces: list[str]) -> list[list[Step] | None]:
         """The structure of each trace, its unfaithful steps left out; None where two attempts gave nothing that can be read."""
-        found, _ = self.read(pairs := list(zip(problems, traces)))
-        return [found[pt] for pt in pairs]
+        return list(map(self.read(pairs := list(zip(problems, traces)))[0].get, pairs))
 
     def read(self, pairs: list[tuple[str, str]]) -> tuple[dict[tuple[str, str], list[Step] | None], set[tuple[str, str]]]:
         """({(problem, trace): its structure, None where it could not be read}, those of them whose last attempt was not even answered)."""

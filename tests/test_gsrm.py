@@ -48,6 +48,7 @@ from gsrm import (
     reading_rule,
     structure_rewards,
     variables,
+    words,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -650,9 +651,34 @@ def test_an_unfaithful_step_does_not_count() -> None:
 @pytest.mark.parametrize(("answer", "trace", "is_there"), [
     ("12", "so it is 12.", True), ("12", "so it is 112", False), ("2", "so it is 12", False), ("3.5", "3.5 apples", True),
     ("3.5", "3 or 5", False), ("12 apples", "12 pears", True), ("12 apples", "13 apples", False), ("Twelve red Apples", "twelve apples", True),
-    ("Twelve red apples", "red", False), ("x^2+1", "X^2 + 1", True), ("+", "a + b", True), ("-", "a + b", False)])
+    ("Twelve red apples", "red", False), ("x^2+1", "X^2 + 1", True), ("+", "a + b", True), ("-", "a + b", False),
+    ("2000", "it costs 2,000 dollars", True), ("2,000", "it costs 2000", True), ("2000", "it is $2{,}000$", True), ("2000", "it is 2\\,000", True), ("2{,}000", "2,\\!000", True),
+    ("1,234,567.5", "so 1234567.5", True), ("2000", "so 20,000", False), ("2000", "so 2,0001", False), ("2000", "so 2, 000", False), ("0.5", "so it is .5", True),
+    (".5", "so it is 0.5", True), ("$.50", "0.50 dollars", True), ("0.5", "so it is 1.5", False), ("0.5", "see No.5", False), ("5", "see No.5", True), ("0.5", "and ...5", False),
+    ("(100,200)", "x is 100 and y is 200", True), ("200", "of {100,200,300}", True), ("100,200", "100200", True), ("100,200", "only 100", False),
+    ("八個蘋果", "所以一共有八個蘋果。", True), ("八個蘋果", "所以一共有九個蘋果", True), ("八個梨子", "所以他走了", False),
+    ("八個のリンゴ", "全部で八個のリンゴがある。", True),
+    ("12个苹果", "一共有12个苹果。", True), ("12个苹果", "一共有13个苹果。", False),
+    ("แปดผล", "มีแอปเปิ้ลทั้งหมดแปดผล", True), ("사과 여덟 개", "모두 사과 여덟 개", True), ("사과", "사과가 있다", False)])
 def test_faithful(answer: str, trace: str, is_there: bool) -> None:
     assert faithful(Step("m", "q", answer), trace) is is_there
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("Twelve red_Apples, x^2 is 3.5!", ["twelve", "red", "apples", "x", "2", "is", "3.5"]), ("1,000 and 12,345,678.5", ["1000", "and", "12345678.5"]),
+    ("1,2, 3,4567", ["1", "2", "3", "4567"]),
+    ("-.5 or (.25), no.5", ["0.5", "or", "0.25", "no", "5"]), ("小明有3个苹果ok", ["小", "明", "有", "3", "个", "苹", "果", "ok"]), ("リンゴ、々", ["リ", "ン", "ゴ", "々"]),
+    ("사과가 있다", ["사과가", "있다"]), ("naïve Ελλάδα Ёж", ["naïve", "ελλάδα", "ёж"])])
+def test_words(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+def test_a_chinese_trace_is_scored() -> None:
+    """One word to a clause made it near-empty, or no answer faithful: 0 without a word about it."""
+    trace = "小明有三个苹果，小红有五个苹果，一共有八个苹果。"
+    structure = [Step("先求小明的苹果", "小明有几个苹果？", "三个苹果"), Step("再求总数", "一共有几个？", "八个苹果")]
+    gsrm = GSRM(lambda prompts: [format_steps(structure)] * len(prompts), exact_judge)
+    assert [s.value for s in gsrm(["题"] * 2, [trace, "一共有八个苹果"], [[trace]] * 2)] == [1.0, 1.0] and not gsrm.stats["unfaithful_steps"]
 
 
 @pytest.mark.parametrize("output", [None, "", "   \n", "I cannot read this.", "[Answer 1]: 4"])
