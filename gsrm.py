@@ -323,10 +323,10 @@ class GSRM:
             todo, lost = [pt for pt, steps in found.items() if steps is None], set()
             self.stats["decompositions"] += len(todo)
             for pt, text in zip(todo, self.generate([decompose_prompt(*pt) for pt in todo]) if todo else ()):
-                parsed = parse_steps(text or "")
+                parsed = parse_steps(said := (text or "").rpartition("</think>")[2])                     # what a model thinks first is not its answer
                 if text is None:
                     lost.add(pt)
-                elif text.strip() and (parsed.steps or not parsed.dropped):
+                elif said.strip() and (parsed.steps or not parsed.dropped):
                     found[pt] = [s for s in parsed.steps if faithful(s, pt[1])]
                     self.stats["unfaithful_steps"] += len(parsed.steps) - len(found[pt])
         self.stats.update(not_decomposed=sum(steps is None for steps in found.values()), outages=len(lost))

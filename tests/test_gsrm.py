@@ -693,6 +693,15 @@ def test_a_decomposer_failure_is_none_after_exactly_one_retry(output: str | None
     assert [s.value for s in scores] == [1.0, 0.0] and [len(c) for c in reader.calls] == [1, 2, 1]       # only the failed one was asked again
 
 
+def test_what_a_decomposer_thinks_first_is_not_read() -> None:
+    """Of a doubled field the first counts: the draft's, were it read."""
+    draft = format_steps([replace(TEACHER[0], query="draft?"), *OTHER])
+    thinks = lambda *answers: [f"<think>Maybe {draft}\nNo, again. {answer}" for answer in answers]
+    gsrm = GSRM(Reader(thinks(f"</think>\n{format_steps(TEACHER)}", f"</think> no. </think>{NO_STEPS}"), thinks("</think>\n \n"), thinks("</think>")), exact_judge)
+    assert gsrm.decompose(["p"] * 2, [T, text_of(OTHER)]) == [TEACHER, []] and gsrm.stats["unfaithful_steps"] == 0
+    assert gsrm.decompose(["p"], [T]) == [None] and gsrm.stats["not_decomposed"] == 1             # a draft and nothing behind it
+
+
 def test_a_trace_without_steps_is_a_score() -> None:
     reader = Reader([format_steps(TEACHER)], [NO_STEPS])
     [score] = GSRM(reader, exact_judge)(["p"], ["I wander about for a while"], [[T]])
