@@ -26,7 +26,7 @@ import torch
 from command import ConfigParser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
-from gsrm import GSRM, KINDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
+from gsrm import GSRM, KINDS, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
 from scorer import find_function, load_function, load_gsrm
 
@@ -63,7 +63,7 @@ def equal_steps(a: Step, b: Step) -> bool:
 
 def value_of(answer: str) -> Fraction | None:
     """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", None where there is none."""
-    numbers = re.findall(r"-?\d*\.?\d+", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer))
+    numbers = re.findall(r"-?\d*\.?\d+", THOUSANDS.sub(r"\1", answer))
     return Fraction(numbers[-1]) if numbers else None
 
 
@@ -212,7 +212,7 @@ class Config:
 
 LEGEND = {
     "reading": """  precision: share of the steps it wrote that are true ones; recall: share of the true steps that it wrote; exact: traces with all steps right, in order
-  length_ratio: steps written / true steps; unread: traces it could not read; faithful: share of its steps whose answer occurs in the trace (others are dropped)""",
+  length_ratio: steps written / true steps; unread: traces it could not read (too few tokens?); faithful: share of its steps whose answer is in the trace (others are dropped)""",
     "judge": """  same: a true step's text and the same step as it was read; other step: texts of two steps of one problem; shuffled: of two problems; not settled by the text: all
   pairs that a model has to decide; said_yes: share judged the same (other step, shuffled: false yes); brier, ece: errors of its probabilities, 0 is best; failed: no verdict""",
     "attacks": """  (honest): the student's samples or, without --model, the first half of each teacher's trace; each row below alters them to cheat

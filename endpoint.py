@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -79,8 +80,8 @@ class EndpointDown(ConnectionError):
 class Endpoint:
     """A model behind `url` (".../v1") as greedy `generate` and the judge's `p_yes`. At most `concurrency` requests at a time, `deadline` seconds per attempt.
     `top_logprobs`: of the judge's first token (some servers allow only 5; 0: read its text). `extra`: further fields of the request body (None takes one out).
-    `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent, "unclear" said neither yes nor no), prompt_tokens, completion_tokens,
-    seconds. ValueError for a bad url or number, ImportError without openai."""
+    `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent, "unclear" said neither yes nor no, "cut_off" at max_new_tokens),
+    prompt_tokens, completion_tokens, seconds. ValueError for a bad url or number, ImportError without openai."""
 
     def __init__(self, url: str, model: str, max_new_tokens: int, concurrency: int = 32, deadline: float = 120.0, retries: int = 4, backoff: float = 0.5,
                  breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, top_logprobs: int = 20, extra: dict[str, object] | None = None):
@@ -95,13 +96,15 @@ class Endpoint:
         self.url, self.model, self.max_new_tokens, self.concurrency, self.deadline, self.retries = url, model, max_new_tokens, concurrency, deadline, retries
         self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, extra or {}
         self.key, self.stats, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), top_logprobs
+        self.tally: Counter[str] = Counter()                # "cut_off" once more: whoever keeps counts of his own puts them here
         self.openai, self.client = openai, openai.AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=None)          # retries and deadlines are ours
         self.runner, self.lock, self.probe = asyncio.Runner(), threading.Lock(), asyncio.Lock()         # one loop for all calls: its connections stay open
         self.in_row, self.down_until, self.last_error = 0, 0.0, ""                                      # failures in a row; when to probe (0: not down)
 
     def generate(self, prompts: list[str]) -> list[str | None]:
-        """The greedy answer to each prompt, None = failed."""
-        return [answer.text if answer else None for answer in self.run(prompts, lambda prompt: self.ask(prompt, {"max_tokens": self.max_new_tokens}))]
+        """The greedy answer to each prompt, None = failed, "" = none can be had: cut off at the budget (half a structure would pass for a whole one), the prompt
+        refused (400, 413, 422; mostly for its length), or nothing said."""
+        return self.run(prompts, self.ask_text)
 
     def p_yes(self, prompts: list[str]) -> list[float | None]:
         """p(yes) / (p(yes) + p(no)) of the answer to each prompt, None = failed, or neither was said."""
@@ -137,6 +140,13 @@ class Endpoint:
             self.stats["seconds"] += time.monotonic() - started
         return [results[n] for n in range(len(items))]
 
+    async def ask_text(self, prompt: str) -> str | None:
+        answer = await self.ask(prompt, {"max_tokens": self.max_new_tokens})
+        if cut := answer and answer.finish == "length":
+            self.tally["cut_off"] += 1
+            self.count("cut_off", f"was cut off after {answer.tokens[1]} tokens, which is not read: is --gsrm_max_new_tokens (max_new_tokens={self.max_new_tokens}) too small?")
+        return None if answer is None else answer.text if answer and not cut else ""
+
     async def ask_p_yes(self, prompt: str) -> float | None:
         answer = await self.ask(prompt, {"max_tokens": 4} | ({"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}))
         if answer and not answer.top:
@@ -145,8 +155,8 @@ class Endpoint:
             self.count("unclear", f"says neither yes nor no, but {answer.text[:40]!r}")
         return p if answer else None
 
-    async def ask(self, prompt: str, fields: dict[str, object]) -> Answer | None:
-        """One request through the circuit breaker."""
+    async def ask(self, prompt: str, fields: dict[str, object]) -> Answer | Literal[False] | None:
+        """One request through the circuit breaker; None = failed, False = by the prompt's own fault, as a server that lives said."""
         if self.down_until:
             async with self.probe:                       # the first one here is the probe, the others wait for what it learns
                 if self.down_until and time.monotonic() >= self.down_until:
@@ -156,7 +166,7 @@ class Endpoint:
             return None
         return await self.send(prompt, fields, self.retries)
 
-    async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | None:
+    async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | Literal[False] | None:
         """One request and its retries. Garbage is a failure of the server, an empty text one of the prompt, and so are 400, 413 and 422; 401, 403, 404 meet all."""
         self.stats["requests"] += 1
         body = {name: value for name, value in {"temperature": 0.0, **fields, **self.extra}.items() if value is not None}
@@ -166,7 +176,7 @@ class Endpoint:
                 reply = await asyncio.wait_for(self.client.chat.completions.with_raw_response.create(
                     model=self.model, messages=[{"role": "user", "content": plain(prompt)}], extra_body=body), self.deadline)
                 answer = read_answer(reply.content)
-                if answer and (answer.text.strip() or answer.top):
+                if answer and (answer.text.strip() or answer.top or answer.finish == "length"):             # all of it may have been thinking, in a field of its own
                     self.stats.update(prompt_tokens=answer.tokens[0], completion_tokens=answer.tokens[1])
                     self.in_row, self.down_until = 0, 0.0
                     return answer
@@ -190,8 +200,8 @@ class Endpoint:
             self.stats["retries"] += 1
         return self.failed(kind, error, lives)
 
-    def failed(self, kind: str, error: str, lives: bool) -> None:
-        """Counts a failed request; too many in a row open the breaker, unless a living server has answered."""
+    def failed(self, kind: str, error: str, lives: bool) -> Literal[False] | None:
+        """Counts a failed request; too many in a row open the breaker, unless a living server has answered (then False)."""
         shown = error.replace(self.key, "***") if self.key != "none" else error                         # some servers send the key back
         self.last_error = "".join(c for c in " ".join(shown.split())[:300] if c.isprintable())
         self.count(kind, f"fails, {kind}: {self.last_error}")
@@ -200,6 +210,7 @@ class Endpoint:
             if not self.down_until:
                 print(f"warning: {self.url} is down, {self.in_row} failures in a row, one probe every {self.cooldown:g} s; {self.last_error}", file=sys.stderr, flush=True)
             self.down_until = time.monotonic() + self.cooldown
+        return False if lives else None
 
     def count(self, kind: str, text: str) -> None:
         """One more in the statistics; the first of its kind is told."""
@@ -273,7 +284,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         problem, trace = tasks[key]
         answer = await endpoint.ask(annotation_prompt(problem, trace), {"max_tokens": endpoint.max_new_tokens})
         bar.update()
-        if answer is None:
+        if not answer:
             return None
         parsed = parse_steps(answer.text.rpartition("</think>")[2])                  # what a model thinks first is not its answer
         wrong = ["cut off"] * (answer.finish == "length") + [why for why in parsed.dropped if not why.startswith("text before")] or ["no steps"] * (not parsed.steps)

@@ -10,7 +10,6 @@ With K teacher traces R = max over traces: any branch that the teacher has shown
 
 A reward is a number or None, "could not be scored" (judge or decomposer failed). None never becomes 0; it is left out of the group and the loss.
 Student text is untrusted: step tags, chat-template tokens and our delimiters in it are defused and its length is limited before it enters a prompt.
-
 The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
 
     python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read                                      # its own report card (card.py)
@@ -80,9 +79,7 @@ def parse_steps(text: str) -> Parsed:
             dropped.append(f"second {TAGS[kind]} {number}")
         else:
             found[number][kind] = clean(body)
-    for number in sorted(found):
-        if missing := [TAGS[kind] for kind in KINDS if not found[number].get(kind)]:
-            dropped.append(f"step {number}: no {', no '.join(missing)}")
+    dropped += [f"step {n}: no {', no '.join(missing)}" for n in sorted(found) if (missing := [TAGS[kind] for kind in KINDS if not found[n].get(kind)])]
     steps = [Step(**found[number]) for number in sorted(found) if all(found[number].get(kind) for kind in KINDS)]
     before = text[:tags[0].start() if tags else None].strip()
     if before and (tags or before.lower() != NO_STEPS.lower()):
@@ -143,18 +140,17 @@ class Walk:
     left: bool = False
 
 
-def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
-    """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i
-    first, then `query` and `answer` of those still on a branch. Each distinct pair is asked once. A failed judgement (None) makes the score None
-    unless it could not have changed it. A student without steps earns 0; without teacher steps there is nothing to follow: None.
+def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step] | None]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
+    """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i first, then `query` and
+    `answer` of those still on a branch; each distinct pair is asked once. What failed (None: a judgement, or a teacher structure that could not be asked for) makes
+    the score None unless it could not have changed it (a structure: unless it is a normalised 1). A student without steps earns 0; without teacher steps: None.
     stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
-    walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace)], len(trace)) for trace in traces]
+    walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace or ())], len(trace or ())) for trace in traces]
              for student, traces in zip(students, teachers, strict=True)]
     every, known = [w for group in walks for w in group], {}
 
     def ask(pairs: list[Pair]) -> None:
-        new = [p for p in dict.fromkeys(pairs) if p not in known]
-        if new:
+        if new := [p for p in dict.fromkeys(pairs) if p not in known]:
             known.update((p, a if a == a else None) for p, a in zip(new, judge(new), strict=True))       # NaN is no judgement either
 
     for i in range(max((len(w.pairs) for w in every), default=0)):
@@ -172,16 +168,16 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
                 w.best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
             elif meta is None:                           # had it said yes, this step, and where one stops here every later one, could have earned 1
                 w.best += len(w.pairs) - i if stop else 1
-    return [pick(s, {k: w for k, w in enumerate(group) if w.size}, normalize) for s, group in zip(students, walks)]
+    return [pick(s, {k: w for k, w in enumerate(group) if w.size}, normalize, None in traces) for s, traces, group in zip(students, teachers, walks)]
 
 
-def pick(student: list[Step], walks: dict[int, Walk], normalize: bool) -> Score:
-    """The best of one student's walks, keyed by teacher trace, as a Score."""
-    if not walks:
-        return Score(None, structure=student, reason="no teacher steps")
+def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: bool) -> Score:
+    """The best of one student's walks, keyed by teacher trace, as a Score. outage: there is a trace beside them that could not be asked about."""
     scale = {k: w.size if normalize else 1 for k, w in walks.items()}
     values = {k: sum(w.credits) / scale[k] for k, w in walks.items()}
-    top = max(walks, key=lambda k: (values[k], walks[k].followed))
+    top = max(walks, key=lambda k: (values[k], walks[k].followed), default=None)
+    if not walks or outage and not (normalize and values[top] == 1):       # scored by the other traces alone, who follows that one would be punished for the outage
+        return Score(None, structure=student, reason="a teacher trace could not be asked" if outage else "no teacher steps")
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")
     earned, left_at = walks[top].credits, max(w.followed for w in walks.values()) if all(w.left for w in walks.values()) else None
@@ -194,9 +190,13 @@ NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|i
 DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
 
 
+THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
+WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
+
+
 def variables(text: str) -> set[str] | None:
     """The letters in a text that is mathematical notation and nothing else; None for words, units of several letters, and what could be read in two ways."""
-    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text if len(text) <= MAX_FIELD else "")
+    plain = THOUSANDS.sub(r"\1", text) if len(text) <= MAX_FIELD else ""
     return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", plain)) if NOTATION.fullmatch(plain) and not DOUBTFUL.search(plain) else None
 
 
@@ -242,15 +242,15 @@ def reading_rule(read: Callable[[str], list[Step]]) -> Callable[[list[str]], lis
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.lower())
+    """Its numbers (2,000 and 2{,}000 as 2000, .5 as 0.5) and lower-case words; of scripts that set no blanks, such as Chinese, Japanese and Thai, each letter."""
+    return WORD.findall(re.sub(r"\.(?<![\w.)\]}]\.)(?=\d)", "0.", THOUSANDS.sub(r"\1", text.lower())))
 
 
 def faithful(step: Step, trace: str) -> bool:
-    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words?"""
-    answer, there = words(step.answer), set(words(trace))
-    if not answer:
-        return step.answer in trace
-    return all(w in there for w in answer if w[0].isdigit()) and 2 * sum(w in there for w in answer) >= len(answer)
+    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words? 100,200 may be one number or two."""
+    answers, there = ([words(t) for t in dict.fromkeys((text, THOUSANDS.sub(r"\1 ", text)))] for text in (step.answer, trace))
+    there = set().union(*there)
+    return any(all(w in there for w in ws if w[0].isdigit()) and 2 * sum(w in there for w in ws) >= len(ws) for ws in answers) if answers[0] else step.answer in trace
 
 
 def digest(*parts: str) -> str:
@@ -270,7 +270,7 @@ def kept(path: Path) -> list[dict]:
 
 
 class GSRM:
-    """Scores student traces against teacher traces. `generate`: prompts -> texts in the step format (None = failed); `judge`: pairs -> p(same).
+    """Scores student traces against teacher traces. `generate`: prompts -> texts in the step format (None = an outage, "" = it cannot be had); `judge`: pairs -> p(same).
     Teacher structures and judgements are kept in `cache_path` (JSONL, by hash of their content and of `name` or `judge_name`): what was read or judged once is
     not asked again in a lifetime; failures are not kept. `stats` counts decompositions, judgements (pairs given to the judge; of these "symbolic" were decided by
     the check of answers), cache hits of both, failures and seconds since it was last cleared."""
@@ -286,25 +286,23 @@ class GSRM:
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
         """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody."""
         started = time.time()
-        problems = [getattr(p, "problem", p) for p in problems]
-        teachers = self.teachers(problems, teacher_traces)
+        teachers = self.teachers(problems := [getattr(p, "problem", p) for p in problems], teacher_traces)
         asked = [n for n, trace in enumerate(traces) if len(words(trace)) >= self.min_words]
         read = dict(zip(asked, self.decompose([problems[n] for n in asked], [traces[n] for n in asked])))
         todo = [n for n in asked if read[n] is not None]
         found = dict(zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize, self.stop)))
         scores = [Score(0.0, reason="empty trace") if n not in read else found.get(n) or Score(None, reason="not decomposed") for n in range(len(traces))]
-        self.stats["unscored"] += sum(s.value is None for s in scores)
-        self.stats["seconds"] += time.time() - started
+        self.stats.update(unscored=sum(s.value is None for s in scores), seconds=time.time() - started)
         return scores
 
-    def teachers(self, problems: list[str], traces: list[list[str]]) -> list[list[list[Step]]]:
-        """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty (and counted)."""
+    def teachers(self, problems: list[str], traces: list[list[str]]) -> list[list[list[Step] | None]]:
+        """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty, None where there was an outage (all counted)."""
         flat = list(dict.fromkeys((p, t) for p, ts in zip(problems, traces, strict=True) for t in ts))
         keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
-        new = [pt for pt in flat if keys[pt] not in self.cache]
+        found, lost = self.read(new := [pt for pt in flat if keys[pt] not in self.cache])
         self.stats["cache_hits"] += len(flat) - len(new)
-        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in zip(new, self.decompose([p for p, _ in new], [t for _, t in new])) if steps is not None})
-        return [[parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
+        self.remember(self.cache, "text", {keys[pt]: format_steps(steps) for pt, steps in found.items() if steps is not None})
+        return [[None if (p, t) in lost else parse_steps(self.cache.get(keys[p, t], "")).steps for t in ts] for p, ts in zip(problems, traces)]
 
     def remember(self, known: dict, name: str, fresh: dict) -> None:
         """Adds to what is known, and to the cache file in one write, so that several processes' lines do not mix."""
@@ -316,17 +314,23 @@ class GSRM:
 
     def decompose(self, problems: list[str], traces: list[str]) -> list[list[Step] | None]:
         """The structure of each trace, its unfaithful steps left out; None where two attempts gave nothing that can be read."""
-        pending = dict.fromkeys(zip(problems, traces))
+        return list(map(self.read(pairs := list(zip(problems, traces)))[0].get, pairs))
+
+    def read(self, pairs: list[tuple[str, str]]) -> tuple[dict[tuple[str, str], list[Step] | None], set[tuple[str, str]]]:
+        """({(problem, trace): its structure, None where it could not be read}, those of them whose last attempt was not even answered)."""
+        found = dict.fromkeys(pairs)
         for _attempt in range(2):                        # for servers; a model in this process says the same again, unless its batch rounds otherwise
-            todo = [pt for pt, steps in pending.items() if steps is None]
+            todo, lost = [pt for pt, steps in found.items() if steps is None], set()
             self.stats["decompositions"] += len(todo)
-            for (problem, trace), text in zip(todo, self.generate([decompose_prompt(p, t) for p, t in todo]) if todo else ()):
-                parsed = parse_steps(text or "")
-                if text and text.strip() and (parsed.steps or not parsed.dropped):
-                    pending[problem, trace] = [s for s in parsed.steps if faithful(s, trace)]
-                    self.stats["unfaithful_steps"] += len(parsed.steps) - len(pending[problem, trace])
-        self.stats["not_decomposed"] += sum(steps is None for steps in pending.values())
-        return [pending[pt] for pt in zip(problems, traces)]
+            for pt, text in zip(todo, self.generate([decompose_prompt(*pt) for pt in todo]) if todo else ()):
+                parsed = parse_steps(said := (text or "").rpartition("</think>")[2])                     # what a model thinks first is not its answer
+                if text is None:
+                    lost.add(pt)
+                elif said.strip() and (parsed.steps or not parsed.dropped):
+                    found[pt] = [s for s in parsed.steps if faithful(s, pt[1])]
+                    self.stats["unfaithful_steps"] += len(parsed.steps) - len(found[pt])
+        self.stats.update(not_decomposed=sum(steps is None for steps in found.values()), outages=len(lost))
+        return found, lost
 
     def judge(self, pairs: list[Pair]) -> list[float | None]:
         """p(same) of each pair; what was once judged is remembered, a failure is not."""

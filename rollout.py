@@ -12,6 +12,7 @@ predict given completions (teacher forcing), which is what training needs.
 Left out on purpose: paged caches, servers, speculative decoding.
 """
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -169,21 +170,25 @@ class TextModel:
 
     def __init__(self, sampler: Sampler, encode: Callable[[str], list[int]], tokenize: Callable[[str], list[int]], decode: Callable[[list[int]], str],
                  max_new_tokens: int, max_tokens: int = 16384):
-        self.sampler, self.encode, self.decode, self.max_new_tokens, self.max_tokens = sampler, encode, decode, max_new_tokens, max_tokens
+        self.sampler, self.encode, self.decode, self.max_new_tokens, self.max_tokens, self.tally = sampler, encode, decode, max_new_tokens, max_tokens, Counter()
         self.answers = [sorted({ids[0] for word in words for ids in [tokenize(word)] if len(ids) == 1}) for words in (("yes", " yes", "Yes", " Yes"), ("no", " no", "No", " No"))]
         if not all(self.answers):
             raise ValueError("the judge's tokenizer has no single token for yes or for no: p(yes) cannot be read off its first answer token")
 
-    def generate(self, prompts: list[str]) -> list[str | None]:
-        """The greedy completion of each prompt, its stop token left out; None for a prompt that fills the model's positions."""
+    def generate(self, prompts: list[str]) -> list[str]:
+        """The greedy completion of each prompt, its stop token left out; "" where it was cut off (half a structure would pass for a whole one; counted in `tally`) or the
+        prompt fills the model's positions: no outage, it always will."""
         ids = [self.encode(p) for p in prompts]
         room = [min(self.max_new_tokens, self.sampler.max_positions - len(i)) for i in ids]
         order = sorted((n for n in range(len(ids)) if room[n] > 0), key=lambda n: len(ids[n]))              # like lengths share a wave: little padding
-        texts: list[str | None] = [None] * len(ids)
+        texts = [""] * len(ids)
         for rows in ([n for n in order if room[n] == self.max_new_tokens], *([n] for n in order if room[n] < self.max_new_tokens)):        # a long prompt's own answer is short
             rollout = self.sampler.generate([ids[n] for n in rows], 1, room[rows[0]], 0.0) if rows else None
             for i, n in enumerate(rows):
-                texts[n] = self.decode(rollout.completion(i)[: rollout.lengths[i] - rollout.finished[i].int()])
+                if rollout.finished[i]:
+                    texts[n] = self.decode(rollout.completion(i)[:-1])
+                else:
+                    self.tally["cut_off"] += 1
         return texts
 
     @torch.inference_mode()

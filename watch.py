@@ -54,8 +54,10 @@ def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
         said["ratio"] = (f"a token's log-prob differs by {m['sampling/sampling_logp_difference/max']:.2f} nats between sampler and trainer (--warn_ratio {config.warn_ratio}), "
                          "though both are the same weights: bfloat16 does this to rare tokens; where the mean is large too, sampling and training disagree about the model")
     if m["unscored"] > config.warn_unscored * rows:
+        cut = m.get("time/gsrm/cut_off", 0)
         said["unscored"] = (f"{m['unscored']:.0f} of {rows} completions have no reward (--warn_unscored {config.warn_unscored}): the reward model or the grader failed, see "
-                            "time/gsrm/* in log.jsonl; they are left out, not counted as 0")
+                            "time/gsrm/* in log.jsonl; they are left out, not counted as 0"
+                            + f"; {cut:.0f} times a structure was cut off: --gsrm_max_new_tokens may be too small" * (cut > 0))
     if m["nonfinite"]:
         said["nonfinite"] = "loss or gradient is not finite: the update was skipped on every process, its batch is in faults/"
     return said

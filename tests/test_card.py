@@ -56,8 +56,8 @@ def test_matched_uses_each_gold_step_once() -> None:
     assert matched([nines[1]], nines, card.same_value_and_query) == [(nines[1], nines[1])]
 
 
-@pytest.mark.parametrize(("answer", "value"), [("18", 18), ("$18", 18), ("She sells 18 eggs.", 18), ("1,026 dollars", 1026), ("-2.5", Fraction(-5, 2)), (".5", Fraction(1, 2)),
-                                               ("3 of 4", 4), ("Ann", None)])
+@pytest.mark.parametrize(("answer", "value"), [("18", 18), ("$18", 18), ("She sells 18 eggs.", 18), ("1,026 dollars", 1026), ("2{,}000", 2000),
+                                               ("-2.5", Fraction(-5, 2)), (".5", Fraction(1, 2)), ("3 of 4", 4), ("Ann", None)])
 def test_value_of(answer: str, value: int | None) -> None:
     assert value_of(answer) == value
 

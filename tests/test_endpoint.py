@@ -328,7 +328,8 @@ def test_lasting_failures_are_none_after_the_last_retry_and_never_a_number(name:
 def test_refusals_are_not_retried(status: int, fake: Fake, make: Callable[..., Endpoint], capsys: pytest.CaptureFixture) -> None:
     fake.behave = lambda body: error(status, "wrong thing") if "bad" in text_of(body) else ok("fine")
     e = make()
-    assert e.generate(["bad 1", "good", "bad 2"]) == [None, "fine", None] and fake.hits == 3 and e.stats["status_4xx"] == 2 and not e.stats["retries"]
+    own = "" if status in (400, 413, 422) else None                  # the prompt's own fault, say a context that is too short for it, is no outage
+    assert e.generate(["bad 1", "good", "bad 2"]) == [own, "fine", own] and fake.hits == 3 and e.stats["status_4xx"] == 2 and not e.stats["retries"]
     assert e.p_yes(["bad 3"]) == [None] and fake.hits == 4
     err = capsys.readouterr().err
     assert err.count("wrong thing") == 1 and fake.url in err         # told once
@@ -339,10 +340,11 @@ GARBAGE = [b"", b"{nope", b"<html>busy</html>", b"[]", b'{"choices": []}', b'{"c
 
 
 @pytest.mark.parametrize("body", GARBAGE, ids=range(len(GARBAGE)))
-def test_garbage_and_empty_answers_are_none(body: bytes, fake: Fake, make: Callable[..., Endpoint]) -> None:
+def test_garbage_and_empty_answers_are_no_text(body: bytes, fake: Fake, make: Callable[..., Endpoint]) -> None:
     fake.behave = lambda _: (200, body, {"Content-Type": "text/html" if body.startswith(b"<") else "application/json"})
     e = make()
-    assert e.generate(["x"]) == [None] and e.p_yes(["x"]) == [None] and fake.hits == 2 and e.stats["empty"] == 2 and e.last_error
+    said_nothing = (answer := read_answer(body)) and not answer.text.strip()                             # a whole reply without a text: the prompt's own fault, no outage
+    assert e.generate(["x"]) == ["" if said_nothing else None] and e.p_yes(["x"]) == [None] and fake.hits == 2 and e.stats["empty"] == 2 and e.last_error
 
 
 def test_nobody_listens(fake: Fake, make: Callable[..., Endpoint]) -> None:
@@ -546,6 +548,24 @@ def test_gsrm_through_an_outage(fake: Fake, make: Callable[..., Endpoint], tmp_p
     fresh = GSRM(e.generate, judge_by(e.p_yes), tmp_path / "cache.jsonl", min_words=1)
     assert [s.value for s in fresh(["P"], [teacher], [[teacher]])] == [1.0] and fresh.stats["cache_hits"] == 1
     assert gsrm.stats["unscored"] == 4
+
+
+def test_a_structure_that_was_cut_off_is_not_read(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two steps of a teacher's four would pass for all of them: the student who takes two would get 1, and the cache would keep it for a run with more room."""
+    teacher, student = "a 1 then b 2 then c 3 then d 4", "a 1 then b 2 and that is it"
+
+    def behave(body: dict) -> Reply:
+        written = structure(text_of(body).rsplit("<trace>", 1)[1]).split(" ")
+        return ok(" ".join(written[:body["max_tokens"]]), finish="length" if len(written) > body["max_tokens"] else "stop")
+    fake.behave = behave
+    for room, value in ((28, None), (100, 0.5)):
+        gsrm = load_gsrm(f"{fake.url}#m", "", tmp_path / "cache.jsonl", "cpu", room)
+        assert [s.value for s in gsrm(["P"], [student], [[teacher]])] == [value] and len(read_structures(tmp_path)) == (value is not None)
+        assert gsrm.stats["cut_off"] == (2 if value is None else 0) and not gsrm.stats["outages"]                    # the teacher's, at both attempts
+    assert capsys.readouterr().err.count("is --gsrm_max_new_tokens (max_new_tokens=28) too small?") == 1
+    fake.behave = lambda body: ok(None, finish="length")             # a budget that went into thinking, in a field of its own
+    e = load_gsrm(f"{fake.url}#m", "", None, "cpu").generate.__self__
+    assert e.generate(["x"]) == [""] and e.stats["cut_off"] == 1 and not e.stats["empty"]
 
 
 @pytest.mark.parametrize(("body", "said"), [(b'{"object": "list", "data": [{"id": "org/one", "object": "model"}]}', "org/one"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data import Problem, TiktokenTokenizer, chat_ids
+from data import Problem, TiktokenTokenizer, chat_ids, load_problems
 from eval import load_gsrm
 from grade import grade_all
 from gsrm import (
@@ -48,6 +48,7 @@ from gsrm import (
     reading_rule,
     structure_rewards,
     variables,
+    words,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +72,7 @@ def but(index: int, *fields: str, of: list[Step] = TEACHER) -> list[Step]:
     return [replace(step, **{f: f"other {f}" for f in fields}) if i == index else step for i, step in enumerate(of)]
 
 
-def one(student: list[Step], *teachers: list[Step], judge: Judge = exact_judge, normalize: bool = True, stop: bool = True) -> Score:
+def one(student: list[Step], *teachers: list[Step] | None, judge: Judge = exact_judge, normalize: bool = True, stop: bool = True) -> Score:
     return structure_rewards([student], [list(teachers)], judge, normalize, stop)[0]
 
 
@@ -591,6 +592,16 @@ def test_gsrm_scores_what_structure_rewards_does() -> None:
     assert raw[0].value == 4
 
 
+def test_a_checkpoints_cut_off_structures_are_not_read_and_counted() -> None:
+    """On the toy's own reward model: half of a teacher's trace earned 1 where the budget was too small for the teacher's structure."""
+    problem = load_problems("toy", "test")[0]
+    half = "\n".join(problem.teachers[0].split("\n")[:4])
+    short, whole = (load_gsrm("toy/gsrm", "", None, "cpu", budget) for budget in (80, 200))
+    assert short.teachers([problem.problem], [problem.teachers[:1]]) == [[[]]] and short.stats["cut_off"] == 2 and not short.cache
+    [[read]] = whole.teachers([problem.problem], [problem.teachers[:1]])
+    assert len(read) > 4 and not whole.stats["cut_off"] and 0 < whole([problem], [half], [problem.teachers[:1]])[0].value < 1
+
+
 def test_gsrm_passes_the_stop_rule_on() -> None:
     student = steps("m1/q1/a1", "gone/q/b", "m3/q3/a3", "m4/q4/a4")
     for stop, value in ((True, 1 / 4), (False, 3 / 4)):
@@ -640,9 +651,34 @@ def test_an_unfaithful_step_does_not_count() -> None:
 @pytest.mark.parametrize(("answer", "trace", "is_there"), [
     ("12", "so it is 12.", True), ("12", "so it is 112", False), ("2", "so it is 12", False), ("3.5", "3.5 apples", True),
     ("3.5", "3 or 5", False), ("12 apples", "12 pears", True), ("12 apples", "13 apples", False), ("Twelve red Apples", "twelve apples", True),
-    ("Twelve red apples", "red", False), ("x^2+1", "X^2 + 1", True), ("+", "a + b", True), ("-", "a + b", False)])
+    ("Twelve red apples", "red", False), ("x^2+1", "X^2 + 1", True), ("+", "a + b", True), ("-", "a + b", False),
+    ("2000", "it costs 2,000 dollars", True), ("2,000", "it costs 2000", True), ("2000", "it is $2{,}000$", True), ("2000", "it is 2\\,000", True), ("2{,}000", "2,\\!000", True),
+    ("1,234,567.5", "so 1234567.5", True), ("2000", "so 20,000", False), ("2000", "so 2,0001", False), ("2000", "so 2, 000", False), ("0.5", "so it is .5", True),
+    (".5", "so it is 0.5", True), ("$.50", "0.50 dollars", True), ("0.5", "so it is 1.5", False), ("0.5", "see No.5", False), ("5", "see No.5", True), ("0.5", "and ...5", False),
+    ("(100,200)", "x is 100 and y is 200", True), ("200", "of {100,200,300}", True), ("100,200", "100200", True), ("100,200", "only 100", False),
+    ("八個蘋果", "所以一共有八個蘋果。", True), ("八個蘋果", "所以一共有九個蘋果", True), ("八個梨子", "所以他走了", False),
+    ("八個のリンゴ", "全部で八個のリンゴがある。", True),
+    ("12个苹果", "一共有12个苹果。", True), ("12个苹果", "一共有13个苹果。", False),
+    ("แปดผล", "มีแอปเปิ้ลทั้งหมดแปดผล", True), ("사과 여덟 개", "모두 사과 여덟 개", True), ("사과", "사과가 있다", False)])
 def test_faithful(answer: str, trace: str, is_there: bool) -> None:
     assert faithful(Step("m", "q", answer), trace) is is_there
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("Twelve red_Apples, x^2 is 3.5!", ["twelve", "red", "apples", "x", "2", "is", "3.5"]), ("1,000 and 12,345,678.5", ["1000", "and", "12345678.5"]),
+    ("1,2, 3,4567", ["1", "2", "3", "4567"]),
+    ("-.5 or (.25), no.5", ["0.5", "or", "0.25", "no", "5"]), ("小明有3个苹果ok", ["小", "明", "有", "3", "个", "苹", "果", "ok"]), ("リンゴ、々", ["リ", "ン", "ゴ", "々"]),
+    ("사과가 있다", ["사과가", "있다"]), ("naïve Ελλάδα Ёж", ["naïve", "ελλάδα", "ёж"])])
+def test_words(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+def test_a_chinese_trace_is_scored() -> None:
+    """One word to a clause made it near-empty, or no answer faithful: 0 without a word about it."""
+    trace = "小明有三个苹果，小红有五个苹果，一共有八个苹果。"
+    structure = [Step("先求小明的苹果", "小明有几个苹果？", "三个苹果"), Step("再求总数", "一共有几个？", "八个苹果")]
+    gsrm = GSRM(lambda prompts: [format_steps(structure)] * len(prompts), exact_judge)
+    assert [s.value for s in gsrm(["题"] * 2, [trace, "一共有八个苹果"], [[trace]] * 2)] == [1.0, 1.0] and not gsrm.stats["unfaithful_steps"]
 
 
 @pytest.mark.parametrize("output", [None, "", "   \n", "I cannot read this.", "[Answer 1]: 4"])
@@ -655,6 +691,15 @@ def test_a_decomposer_failure_is_none_after_exactly_one_retry(output: str | None
     reader = Reader([format_steps(TEACHER)], [output, format_steps(OTHER)], [format_steps(TEACHER)])
     scores = GSRM(reader, exact_judge)(["p", "p"], [T, text_of(OTHER)], [[T], [T]])
     assert [s.value for s in scores] == [1.0, 0.0] and [len(c) for c in reader.calls] == [1, 2, 1]       # only the failed one was asked again
+
+
+def test_what_a_decomposer_thinks_first_is_not_read() -> None:
+    """Of a doubled field the first counts: the draft's, were it read."""
+    draft = format_steps([replace(TEACHER[0], query="draft?"), *OTHER])
+    thinks = lambda *answers: [f"<think>Maybe {draft}\nNo, again. {answer}" for answer in answers]
+    gsrm = GSRM(Reader(thinks(f"</think>\n{format_steps(TEACHER)}", f"</think> no. </think>{NO_STEPS}"), thinks("</think>\n \n"), thinks("</think>")), exact_judge)
+    assert gsrm.decompose(["p"] * 2, [T, text_of(OTHER)]) == [TEACHER, []] and gsrm.stats["unfaithful_steps"] == 0
+    assert gsrm.decompose(["p"], [T]) == [None] and gsrm.stats["not_decomposed"] == 1             # a draft and nothing behind it
 
 
 def test_a_trace_without_steps_is_a_score() -> None:
@@ -671,6 +716,32 @@ def test_teacher_that_cannot_be_read_is_unscored_and_does_not_shift_the_others()
     reader = Reader(["garbage", format_steps(TEACHER)], ["garbage"])
     [score] = GSRM(reader, exact_judge)(["p"], [T], [["z/z/z", T]])
     assert score.value == 1.0 and score.trace == 1
+
+
+def test_an_outage_on_one_of_the_teachers_traces_is_no_reward(tmp_path: Path) -> None:
+    """Scored by the other trace alone, who follows the one that could not be asked would get 0 and learn from the outage."""
+    ours, half = [T, text_of(OTHER)], text_of(OTHER[:1])
+    for first in (None, "garbage"):
+        gsrm = GSRM(Reader([format_steps(TEACHER), first], [None]), exact_judge, tmp_path / f"{first}.jsonl")
+        scores = gsrm(["p"] * 5, [T + " ", text_of(OTHER) + " ", half, text_of(TEACHER[:2]), ""], [ours] * 5)
+        assert [s.value for s in scores] == [1.0, None, None, None, 0.0] and scores[0].trace == 0                # 1 cannot be beaten, and a near-empty trace follows nobody
+        assert [s.reason for s in scores[1:4]] == ["a teacher trace could not be asked"] * 3 and [s.structure for s in scores[1:3]] == [OTHER, OTHER[:1]]
+        assert (gsrm.stats["unscored"], gsrm.stats["outages"], gsrm.stats["not_decomposed"]) == (3, 1, 1)
+        scores = gsrm(["p"] * 4, [T + " ", text_of(OTHER) + " ", half, text_of(TEACHER[:2])], [ours] * 4)        # nothing of the outage is remembered
+        assert [s.value for s in scores] == [1.0, 1.0, 0.5, 0.5] and gsrm.stats["unscored"] == 3
+    raw = GSRM(Reader([format_steps(TEACHER), None], [None]), exact_judge, normalize=False)
+    assert [s.value for s in raw(["p"] * 2, [T + " ", half], [ours] * 2)] == [None, None]                        # a sum has no highest value
+    for cannot in ("garbage", ""):                                   # asked, and there is nothing to be had, today or tomorrow: the other trace decides
+        gsrm = GSRM(Reader([format_steps(TEACHER), cannot], [cannot]), exact_judge)
+        assert [s.value for s in gsrm(["p"] * 2, [text_of(OTHER) + " ", text_of(TEACHER[:2])], [ours] * 2)] == [0.0, 0.5] and not gsrm.stats["outages"]
+    gsrm = GSRM(Reader([format_steps(TEACHER), None], [""]), exact_judge)                                        # the last attempt says what it is
+    assert gsrm(["p"], [half], [ours])[0].value == 0.0
+
+
+def test_a_teacher_structure_that_is_not_known_leaves_only_the_highest_score() -> None:
+    assert one(TEACHER, None, TEACHER) == Score(1.0, [1, 1, 1, 1], None, 1, TEACHER) and one(TEACHER, TEACHER, None).trace == 0
+    assert [one(s, *t).reason for s, t in ((TEACHER, [None]), (TEACHER[:3], [TEACHER, None]), (OTHER, [None, TEACHER, []]))] == ["a teacher trace could not be asked"] * 3
+    assert one(TEACHER, TEACHER, None, normalize=False).value is None and one(TEACHER, TEACHER, [], normalize=False).value == 4
 
 
 def test_a_teacher_without_a_faithful_step_is_read_once_too(tmp_path: Path) -> None:

@@ -510,7 +510,7 @@ def text_tokenizer() -> TiktokenTokenizer:
 def text_model(max_tokens: int = 16384) -> TextModel:
     tok = text_tokenizer()
     net = model("llama", vocab=len(tok))
-    return TextModel(Sampler(net, {tok.eos_token_id, 10, 100, 101, 102, 103, 104}, tok.pad_token_id), partial(chat_ids, tok), tok.encode,
+    return TextModel(Sampler(net, {tok.eos_token_id, 10, 100, 101, 102, 103, 104, 127, 138, 181, 198}, tok.pad_token_id), partial(chat_ids, tok), tok.encode,
                      lambda ids: " ".join(map(str, ids)), 6, max_tokens)
 
 
@@ -519,12 +519,14 @@ TEXTS = ["a long prompt with an apple", "x", "no", "another one", "x", "1+2", "i
 
 def test_text_model_answers_in_order_without_the_stop_token() -> None:
     lm = text_model()
-    expected = []
+    expected, cut = [], 0
     for text in TEXTS:
         tokens, _, _, finished = twin_row(lm.sampler.model, chat_ids(text_tokenizer(), text), np.zeros(6), 0.0, 1.0, set(lm.sampler.stop_ids.tolist()))
-        expected.append(" ".join(map(str, tokens[:-1] if finished else tokens)))
-    assert lm.generate(TEXTS) == expected and len(set(expected)) > 3
-    assert any(len(e.split()) < 6 for e in expected) and any(len(e.split()) == 6 for e in expected)
+        expected.append(" ".join(map(str, tokens[:-1])) if finished else "")                               # what was cut off is no answer
+        cut += not finished
+    before = lm.tally["cut_off"]
+    assert lm.generate(TEXTS) == expected and len(set(expected)) > 2 and any(0 < len(e.split()) < 6 for e in expected)
+    assert lm.tally["cut_off"] - before == cut > 0
     assert lm.generate([]) == [] and lm.p_yes([]) == []
 
 
@@ -532,10 +534,10 @@ def test_a_prompt_that_fills_the_positions_costs_nobody_else_an_answer() -> None
     """128 positions, six new tokens: 126 leave room for two of them, 128 and more for none."""
     lm, short = text_model(), TEXTS[:2]
     alone = lm.generate(short)
-    answers = lm.generate(["1" * 127, short[0], "1" * 125, short[1], "1" * 200])
-    assert answers[0] is answers[4] is None and [answers[1], answers[3]] == alone and 1 <= len(answers[2].split()) <= 2
-    tokens, *_ = twin_row(lm.sampler.model, chat_ids(text_tokenizer(), "1" * 125), np.zeros(2), 0.0, 1.0, set())
-    assert answers[2].split() == [str(t) for t in tokens][:len(answers[2].split())] and lm.generate(["1" * 127]) == [None]
+    answers = lm.generate(["1" * 127, short[0], "b" * 125, short[1], "1" * 200, "1" * 125])
+    assert answers[0] == answers[4] == "" and [answers[1], answers[3]] == alone and answers[2] and answers[5] == ""          # two tokens were not enough for the last one
+    tokens, *_ = twin_row(lm.sampler.model, chat_ids(text_tokenizer(), "b" * 125), np.zeros(2), 0.0, 1.0, set())
+    assert answers[2] == str(tokens[0]) and tokens[1] in lm.sampler.stop_ids and lm.generate(["1" * 127]) == [""]            # for good: it is no outage
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 16384])

@@ -26,6 +26,13 @@ def test_each_warning_comes_beyond_its_threshold_and_no_sooner(data, name, metri
     assert list(said) == [name] and (name == "nonfinite" or f"--warn_{name}" in said[name])
 
 
+def test_completions_without_a_reward_name_the_budget_where_structures_were_cut_off(data):  # noqa: F811
+    cfg, cut = config(data, "unused"), {"time/gsrm/cut_off": 3}
+    said = watch.warnings(FINE | {"unscored": 2} | cut, cfg)["unscored"]
+    assert "3 times a structure was cut off" in said and "--gsrm_max_new_tokens may be too small" in said and not watch.warnings(FINE | cut, cfg)
+    assert "--gsrm_max_new_tokens" not in watch.warnings(FINE | {"unscored": 2, "time/gsrm/cut_off": 0}, cfg)["unscored"]
+
+
 def test_thresholds_are_flags_and_a_second_pass_may_drift(data):  # noqa: F811
     loose = config(data, "unused", "--warn_entropy", "0", "--warn_truncated", "1", "--warn_spreadless", "1", "--warn_unscored", "1", "--updates_per_batch", "2")
     assert watch.warnings(FINE | {"entropy": 0.0, "completions/clipped_ratio": 1.0, "frac_reward_zero_std": 1.0, "unscored": 16,
