@@ -106,6 +106,7 @@ def judge(gold, answer):
     gold = read(gold)                                 # [sympy object, its text]; only the text where it is not mathematics
     if all(isinstance(reading, str) for reading in gold): return "gold_unparsable"
     return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
+verify(read("x+1"), read(r"\frac{2+2x}{2}"), timeout_seconds=None)      # the first comparison loads most of sympy: not on a pair's time
 say("ready")
 for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: the parser's caches only grow
     gold, answer, seconds = json.loads(line)
@@ -131,9 +132,9 @@ def hear(worker: subprocess.Popen, seconds: float) -> str:
 
 
 def start() -> subprocess.Popen:
-    """A worker that has imported math-verify; RuntimeError says why there is none."""
+    """A worker that has imported math-verify and compared once; RuntimeError says why there is none."""
     pipe = subprocess.PIPE
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, process_group=0)     # Ctrl-C is the parent's
     if (word := hear(worker, START_SECONDS)) != "ready":
         raise RuntimeError(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
     return worker

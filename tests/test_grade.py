@@ -284,6 +284,27 @@ def test_workers_are_few_and_kept_between_calls(monkeypatch: pytest.MonkeyPatch)
     assert grade(box("y+z"), "z+y") is True and {worker.pid for worker in ev._idle} == pids
 
 
+def test_a_fresh_worker_has_compared_before_it_takes_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first comparison imports much of sympy: that is no part of a pair's deadline."""
+    monkeypatch.setattr(ev, "WORKER", ev.WORKER.replace("for line in", "before = set(sys.modules)\nfor line in").replace(
+        "    signal.alarm(0)", "    say(sum(name.startswith('sympy') for name in set(sys.modules) - before))"))
+    worker = ev.start()
+    worker.stdin.write(json.dumps(["x+1", r"\frac{2+2x}{2}", 60]).encode() + b"\n")
+    said = worker.communicate()[0].decode().split()
+    assert said[0] == "True" and int(said[1]) == 0
+
+
+def test_ctrl_c_in_the_terminal_reaches_the_parent_alone() -> None:
+    code = "import signal, grade\nsignal.signal(signal.SIGINT, lambda *_: print('asked', flush=True))\nprint('go', flush=True)\n" \
+           "print(grade.start().pid)\nprint(grade.grade(r'\\boxed{1+x}', 'x+1', 60.0))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stdout.readline() == "go\n"
+    time.sleep(0.3)                                                  # a worker is on its way
+    os.killpg(parent.pid, signal.SIGINT)                             # what the terminal sends
+    said = parent.communicate()[0].split()
+    assert said[0] == "asked" and said[-1] == "True"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_are_limited_and_kept_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ev, "_idle", [])
