@@ -106,7 +106,7 @@ def quick_word(gold: str, answer: str) -> str:
         return str(same or gold == answer)
     if option := re.fullmatch(r"\(?([A-J])\)?", gold):
         bare = re.sub(r"\\[A-Za-z]+", " ", raw)
-        words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe"}
+        words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe", "wait", "no"}
         several = LABELS.match(bare) or len(words) > 1 and words <= set("ABCDEFGHIJ")      # C or D; not: (C) vitamins A and B
         chosen = None if several else OPTION.fullmatch(answer)
         return str(chosen is not None and chosen[1].upper() == option[1])
