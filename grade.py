@@ -27,11 +27,22 @@ import numpy as np
 MAX_ANSWER = 2000                      # characters: a longer final answer is wrong, a longer gold cannot be graded
 BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
-OPTION = re.compile(r"\W*(?:(?:option|choice|answer)\W*)?([A-J])(?:[])}.:*].*)?", re.IGNORECASE | re.DOTALL)        # B, (B), B) and its text, Option B
-SEVERAL = re.compile(r"(?:[,;/&]|\)\s*\(|\b(?:and|or)\b)\W*[A-J](?![A-Za-z])")                                    # ... but not (A), (B)
-# in front of what a unit's name is not: 5 million dollars, 5 or 6, 2 sin x
-UNIT = re.compile(r"(?<=[0-9]) +(?!(?:hundred|thousand|million|billion|trillion|half|halves|thirds|and|mod|sin|cos|tan|log|sqrt)\b)([A-Za-z]{3}[A-Za-z/ ]*)$")
-UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " "})
+OPTION = re.compile(r"\W*(?:(?:the)?(?:correct)?(?:option|choice|answer)(?:is)?\W*(?:option)?\W*)?([A-J])(?:[])}.:*].*)?", re.IGNORECASE | re.DOTALL)   # B, (B) and its text
+LABELS = re.compile(r"\W*([A-J])([]).:]).*[\s(](?!\1)[A-J]\2(?!\w)", re.DOTALL)          # (C) 1 (D) 2: another letter, labelled like the first
+THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+"
+GROUPED = re.compile(rf"[+-]?\s*(?:{THOUSANDS}|[1-9][0-9]{{0,2}}(?: [0-9]{{3}})+)(?:\.[0-9]+)?")
+UNGLUED = re.compile(rf"{THOUSANDS}$|.*(?:(?<!\\)[(\[]|\\(?:\{{|langle))", re.DOTALL)     # normalise's own case, and tuples, intervals, sets
+REPEATING = re.compile(r"(?<![0-9])([0-9]{0,15})\.([0-9]{0,15})\\(?:overline|bar)\s*(?:\{([0-9]{1,15})\}|([0-9]))")
+BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")                       # 52_8: math-verify passes over the base
+# in front of what a unit's name is not: 5 million dollars, 5 mod 7, 2 sin x
+NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand)ths|and|over|plus|minus
+    |mod|modulo|choose|factorial|squared|cubed|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?|exp|max|sqrt
+    |alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
+SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
+UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
+    ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
+UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " ",
+                         "\u00a0": " ", "\u202f": " "})
 
 
 def final_answer(text: str) -> str | None:
@@ -54,33 +65,53 @@ def final_answer(text: str) -> str | None:
 
 
 def as_latex(answer: str) -> str:
-    """The answer with what is common in plain text written as LaTeX: Unicode signs, sqrt(3), mixed numbers, units (math-verify reads past \\text{ eggs}, not past eggs)."""
+    """The answer with what is common in plain text written as LaTeX that math-verify reads: Unicode signs, sqrt(3), mixed numbers, thousands separators inside
+    a longer answer, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
     if len(answer) > MAX_ANSWER:
         return answer
-    text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", answer.translate(UNICODE))
+    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", answer.translate(UNICODE).rstrip(" \n."))
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
+    if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
+        text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
+    text = REPEATING.sub(repeating, text)
+    text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", text)
     return UNIT.sub(r"\\text{ \1}", re.sub(r"^([+-]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", re.sub(r"(?<!\\)\\(?:[ ;:]|$)", " ", text).strip()))
 
 
+def repeating(decimal: re.Match[str]) -> str:
+    """0.1\\overline{6} = (16 - 1)/90, as LaTeX."""
+    whole, head, tail = decimal[1], decimal[2], decimal[3] or decimal[4]
+    return rf"\frac{{{int(whole + head + tail) - int('0' + whole + head)}}}{{{'9' * len(tail) + '0' * len(head)}}}"
+
+
 def normalise(answer: str) -> str:
-    """The answer without $, \\text{} and its like, \\left \\right, blanks (kept between digits: `1 1/2`), thousands separators and final period."""
-    text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]", "", answer)
+    """The answer without $, \\text{} and its like, \\left \\right \\big, blanks (kept between digits: `1 1/2`), thousands separators and final period."""
+    text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|\\[()\[\]]", "", answer)
     for _ in range(2):                                                   # \textbf{(\text{C})}
-        text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"\\(?:text(?:bf|it|rm)?|emph|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
-    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text).rstrip(".")
-    return re.sub("[ ,]", "", text) if re.fullmatch(r"[+-]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?", text) else text
+    text = text.strip().rstrip(". \n")
+    if GROUPED.fullmatch(text):                                          # before blanks go: 100, 200 is a list
+        return re.sub(r"[\s,]", "", text)
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)
 
 
 def quick_word(gold: str, answer: str) -> str:
     """"True" or "False" where equal strings, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
     if len(gold) > MAX_ANSWER or not normalise(gold):
         return "gold_unparsable"
+    same = len({re.sub(r",\s+", ",", text) for text in (gold, answer)}) == 1               # 45, 135 and 45,135
     raw, gold, answer = answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
-    if gold == answer or not answer:
-        return str(gold == answer)
+    if same or gold == answer or not answer:
+        return str(same or gold == answer)
     if option := re.fullmatch(r"\(?([A-J])\)?", gold):
-        chosen = None if SEVERAL.search(raw) else OPTION.fullmatch(answer)
+        bare = re.sub(r"\\[A-Za-z]+", " ", raw)
+        words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe", "wait", "no"}
+        several = LABELS.match(bare) or len(words) > 1 and words <= set("ABCDEFGHIJ")      # C or D; not: (C) vitamins A and B
+        chosen = None if several else OPTION.fullmatch(answer)
         return str(chosen is not None and chosen[1].upper() == option[1])
+    if all(based := [BASED.fullmatch(text) for text in (gold, answer)]):
+        return str(based[0].groups() == based[1].groups())
     plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]
     return str(Fraction(plain[0]) == Fraction(plain[1])) if all(map(NUMBER.fullmatch, plain)) else ""     # exact: 0.333 is not 1/3
 
@@ -106,6 +137,7 @@ def judge(gold, answer):
     gold = read(gold)                                 # [sympy object, its text]; only the text where it is not mathematics
     if all(isinstance(reading, str) for reading in gold): return "gold_unparsable"
     return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
+verify(read("x+1"), read(r"\frac{2+2x}{2}"), timeout_seconds=None)      # the first comparison loads most of sympy: not on a pair's time
 say("ready")
 for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: the parser's caches only grow
     gold, answer, seconds = json.loads(line)
@@ -131,9 +163,9 @@ def hear(worker: subprocess.Popen, seconds: float) -> str:
 
 
 def start() -> subprocess.Popen:
-    """A worker that has imported math-verify; RuntimeError says why there is none."""
+    """A worker that has imported math-verify and compared once; RuntimeError says why there is none."""
     pipe = subprocess.PIPE
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, process_group=0)     # Ctrl-C is the parent's
     if (word := hear(worker, START_SECONDS)) != "ready":
         raise RuntimeError(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
     return worker

@@ -80,6 +80,7 @@ def test_final_answer(text: str, answer: str | None) -> None:
     ("-1,234.5", "-1234.5"), (r"11,\! 111,\! 100", "11111100"), (r"10{,}000", "10000"), (r"10\,000", "10000"), ("1, 2, 3", "1,2,3"), ("1 1/2", "1 1/2"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"), (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\leftarrow", r"\leftarrow"), (r"\(7\)", "7"),
     ("12,34", "12,34"), ("1,2345", "1,2345"), ("1 000", "1000"), ("12 345 678.5", "12345678.5"), ("12 34", "12 34"), ("1 000,000", "1 000,000"),
+    ("100, 200", "100,200"), ("0,500", "0,500"), ("- 1,234", "-1234"), (r"\bigl(1,2\bigr)", "(1,2)"), (r"\bigcup", r"\bigcup"), (r"\textit{C}", "C"), (r"\emph{C}", "C"),
 ])
 def test_normalise(text: str, plain: str) -> None:
     assert normalise(text) == plain
@@ -94,6 +95,13 @@ def test_normalise(text: str, plain: str) -> None:
     ("C", r"\text{C. Because of A}", "True"),
     ("C", r"\textbf{(C)}\ 5", "True"), ("C", "Option C", "True"), ("C", r"\text{Answer: (c)}", "True"), ("C", "(D) C", "False"), ("C", "Cobalt", "False"),
     ("C", "(C), (D)", "False"), ("C", "C) and D)", "False"), ("C", "(C)(D)", "False"), ("C", "C/D", "False"), ("C", "C, " * 600, "False"),
+    ("C", "C. D. A.", "False"), ("C", "(C) 1 (D) 2", "False"), ("C", "C. 1 D. 2", "False"), ("C", r"\textbf{(C)}\ 2 \qquad\textbf{(D)}\ 3", "False"), ("C", "C or D", "False"),
+    ("C", "C... D", "False"), ("C", "C) wait, D", "False"), ("C", "C. or maybe D.", "False"), ("C", r"(C)\text{ and }(D)", "False"),
+    ("C", "C. C.", "True"), ("C", "C) CO2 and D-glucose", "True"),
+    ("C", "(C) vitamins A and B", "True"), ("C", "(C) hepatitis A, B and C", "True"), ("C", r"\textit{C}", "True"), ("C", r"\emph{C}", "True"), ("C", "The answer is C", "True"),
+    ("C", "The correct answer is option C.", "True"), ("C", "The answer is D", "False"), ("C", "The cat", "False"),
+    ("52_8", "52_9", "False"), ("52_8", "52_{8}", "True"), ("52_8", "53_8", "False"), ("52_8", "52", ""),
+    ("100, 200", "100200", ""), ("5, 120", "5120", ""), ("45,135", "45, 135", "True"), ("1,234", "1234", "True"),
     (r"\text{(C)}", "C", "True"), (r"\text{(C)}", r"\textbf{(D)}", "False"),
     ("5", "", "False"), ("5", "x", ""), ("1/0", "5", ""), ("5", "1/0", ""), ("5", "1e3", ""), ("5", "٥", ""), ("5", "5_0", ""), ("11/2", "1 1/2", ""),
     ("7" * 31, "7" * 30 + "8", ""), ("x", "x", "True"), ("", "5", "gold_unparsable"), (" $ $ ", "5", "gold_unparsable"),
@@ -101,6 +109,22 @@ def test_normalise(text: str, plain: str) -> None:
 ])
 def test_strings_and_exact_numbers_decide_without_a_process(gold: str, answer: str, word: str) -> None:
     assert quick_word(gold, answer) == word
+
+
+@pytest.mark.parametrize("text, latex", [
+    ("x = 58,500", "x = 58500"), ("58{,}500", "58500"), (r"58,500\%", r"58500\%"), (r"58,500\pi", r"58500\pi"), (r"N=1\,234", "N=1234"), (r"\(x=1,234\)", r"\(x=1234\)"),
+    ("x=1,234,567, 5", "x=1234567, 5"), (r"\text{58,500 dollars}", r"\text{58500 dollars}"), ("1,234.50x", "1234.50x"), (r"11,\! 111", "11111"),
+    *[(same, same) for same in ("(1,234)", "[1,234]", r"\{1,234\}", r"\langle 1,234\rangle", "1,234", "1,2,345", "1,234,5", "x=0,100,200", "100, 200", "x^2,100", "x_1,100")],
+    ("18 eggs.", r"18\text{ eggs}"), (r"0.\overline{3}", r"\frac{3}{9}"), (r"0.1\overline{6}", r"\frac{15}{90}"), (r"-2.\bar{3}", r"-\frac{21}{9}"), (r"0.\bar3", r"\frac{3}{9}"),
+    (r"0.0\overline{12}", r"\frac{12}{990}"), (r"\overline{AB}", r"\overline{AB}"), (r"3\overline{5}", r"3\overline{5}"),
+    *[(f"5 {unit}", rf"5\text{{ {unit}}}") for unit in ("m/s", "km/h", "cm^2", "cm^{2}", "m/s^2", "in", "L", "sec", "months", "square feet", "times", "units^2", "g/L")],
+    ("5 cm\u00b2", r"5\text{ cm^2}"),
+    *[(f"5 {word}", f"5 {word}") for word in ("sec x", "exp x", "sinh x", "arcsin x", "cosec x", "ln x", "lnx", "root three", "square root", "squared", "dozen", "tenths", "alpha",
+                                               "Million", "x", "s^2", "abc^2", "over x", "mod n")],
+    (r"\big(1,2\big)", "(1,2)"), (r"A \bigcup B", r"A \bigcup B"), ("1\u202f234", "1 234"),
+])
+def test_plain_text_is_written_as_latex(text: str, latex: str) -> None:
+    assert ev.as_latex(text) == latex
 
 # ------------------------------------------------------------------------------------------------ grading
 
@@ -128,6 +152,15 @@ CASES = [                                                            # gold, wha
     (r"\sqrt{3}", "\u221a3", True), (r"2\sqrt{12}", "2\u221a12", True), (r"\sqrt{3}", "sqrt(3)", True), (r"\sqrt{3}", "\u221a4", False), ("5", "\u20ac5", True),
     (r"(-\infty, 3)", "(\u2212\u221e, 3)", True), ("5", "5\\ ", True), ("x+5", "x~+~5", True),
     (r"\frac{3}{2}", "1 1/2", True), (r"\frac{11}{2}", "1 1/2", False), ("-2.5", "-2 1/2", True),
+    ("58500", "x = 58,500", True), ("58500", "x = 58{,}500", True), ("58500", r"58,500\%", True), (r"58500\pi", r"58,500\pi", True), ("58500", "x = 58,501", False),
+    ("(1,234)", "1234", False), (r"\{1,234\}", "234, 1", True),
+    ("58,500", "x=58500", True), ("100, 200", "200, 100", True), ("100, 200", "100200", False), ("5, 120", "5120", False),
+    ("18", "18 eggs.", True), ("18", "17 eggs.", False), (r"\frac{1}{3}", r"0.\overline{3}", True), ("1/3", r"0.\bar{3}", True), (r"0.1\overline{6}", "1/6", True),
+    (r"\frac{4}{33}", r"0.\overline{12}", True), (r"0.\overline{3}", "0.3", False), (r"0.\overline{3}", r"0.3\overline{3}", True), ("52_8", "52_9", False), ("52_8", "52", True),
+    ("12", "12 m/s", True), ("12", "12 km/h", True), ("12", "12 cm^2", True), ("12", "12 cm\u00b2", True), ("12", "13 cm\u00b2", False), ("3", "3 in", True), ("8", "8 L", True),
+    ("5", "5 sec x", False), ("5", "5 exp x", False), ("5", "5 sinh x", False), ("5", "5 arcsin x", False), ("5", "5 cosec x", False), ("5", "5 lnx", False),
+    ("4", "4 root three", False), ("5", "5 squared", False), ("5", "5 dozen", False), ("5", "5 tenths", False), ("5", "5 alpha", False),
+    ("(-1,6)", r"\big(-1,6\big)", True), ("(-1,6)", r"\bigl(-1,\, 6\bigr)", True), ("(-1,6)", r"\Big(6,-1\Big)", False),
     (r"\frac{", "5", None), ("\\sqrt{", "\\sqrt{}", None), ("北京", "上海", False), ("北京", "北京", True), ("", "5", None),
 ]
 
@@ -282,6 +315,27 @@ def test_workers_are_few_and_kept_between_calls(monkeypatch: pytest.MonkeyPatch)
     pids = {worker.pid for worker in ev._idle}
     assert 1 <= len(pids) <= min(4, os.cpu_count())
     assert grade(box("y+z"), "z+y") is True and {worker.pid for worker in ev._idle} == pids
+
+
+def test_a_fresh_worker_has_compared_before_it_takes_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first comparison imports much of sympy: that is no part of a pair's deadline."""
+    monkeypatch.setattr(ev, "WORKER", ev.WORKER.replace("for line in", "before = set(sys.modules)\nfor line in").replace(
+        "    signal.alarm(0)", "    say(sum(name.startswith('sympy') for name in set(sys.modules) - before))"))
+    worker = ev.start()
+    worker.stdin.write(json.dumps(["x+1", r"\frac{2+2x}{2}", 60]).encode() + b"\n")
+    said = worker.communicate()[0].decode().split()
+    assert said[0] == "True" and int(said[1]) == 0
+
+
+def test_ctrl_c_in_the_terminal_reaches_the_parent_alone() -> None:
+    code = "import signal, grade\nsignal.signal(signal.SIGINT, lambda *_: print('asked', flush=True))\nprint('go', flush=True)\n" \
+           "print(grade.start().pid)\nprint(grade.grade(r'\\boxed{1+x}', 'x+1', 60.0))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stdout.readline() == "go\n"
+    time.sleep(0.3)                                                  # a worker is on its way
+    os.killpg(parent.pid, signal.SIGINT)                             # what the terminal sends
+    said = parent.communicate()[0].split()
+    assert said[0] == "asked" and said[-1] == "True"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
