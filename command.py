@@ -9,6 +9,7 @@ Errors that are nobody's input (a bug, a full GPU) keep their traceback. Left ou
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -29,9 +30,14 @@ def in_one_line(error: Exception) -> str:
 
 @contextmanager
 def ending(*more: type[Exception]) -> Iterator[None]:
-    """Turns the exceptions that bad input raises (and `more`) into an end with one line."""
+    """Turns the exceptions that bad input raises (and `more`) into an end with one line; Ctrl-C too, where a command has no better answer to it. A reader that has
+    gone, as `head` does, is no error."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # or Python complains once more at its end
     except (ValueError, OSError, ImportError, FloatingPointError, *more) as error:
         sys.exit(f"error: {in_one_line(error)}")
 

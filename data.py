@@ -25,7 +25,7 @@ from typing import Protocol
 
 import tiktoken
 import torch
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -195,8 +195,10 @@ class TiktokenTokenizer:
 
 
 def check_folder(path: str | Path, needs: str = "") -> None:
-    """FileNotFoundError where `path` is neither a folder (that holds the file `needs`) nor what could be a name on the hub."""
+    """FileNotFoundError where `path` is neither a folder (that holds the file `needs`) nor what could be a name on the hub, ValueError for a training checkpoint."""
     folder = Path(path)
+    if needs and (folder / "manifest.json").is_file() and (folder / "state.json").is_file():
+        raise ValueError(f"{path} is a training checkpoint: `python checkpoint.py {path} --out FOLDER` makes a model of it")
     if not folder.exists() and (not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or folder.parent != Path() and folder.parent.is_dir()):
         raise FileNotFoundError(f"{path}: there is no such folder; give a checkpoint folder, or a hub name such as Qwen/Qwen2.5-7B-Instruct")
     if folder.is_file() or folder.is_dir() and not (folder / needs).exists():
@@ -282,8 +284,11 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
-    text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
-            else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                      # jinja drops a template's last line end
+    try:
+        text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
+                else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                  # jinja drops a template's last line end
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot make a prompt of one user turn ({error}): mend it, or take it out of the tokenizer's files") from None
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 
@@ -296,14 +301,6 @@ def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None 
     """The student's prompt: the problem and, on its own paragraph, the instruction (None: the tokenizer's own if it has one, else INSTRUCTION)."""
     instruction = getattr(tokenizer, "instruction", INSTRUCTION) if instruction is None else instruction
     return chat_ids(tokenizer, f"{problem.problem}\n\n{instruction}" if instruction else problem.problem)
-
-
-def check_room(tokenizer: Tokenizer, problems: list[Problem], instruction: str | None, max_new_tokens: int, positions: int) -> None:
-    """ValueError where a prompt and a completion together pass the model's positions: before the work, and not in the step that meets this problem."""
-    longest, name = max((len(problem_ids(tokenizer, p, instruction)), p.id) for p in problems)
-    if longest + max_new_tokens > positions:
-        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {max_new_tokens} it passes the model's {positions} positions: "
-                         "lower --max_new_tokens, or drop the problem")
 
 
 def opening(tokenizer: Tokenizer) -> str:

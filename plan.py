@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from data import Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
+from data import Problem, Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
 from decode import attention, cache_bytes
 from logprob import CHUNK, WORKSPACE
 from rollout import MAX_ROWS, MAX_TOKENS, Sampler
@@ -117,6 +117,14 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
 def cache_tokens(gigabytes: float, per_token: int) -> int:
     """rollout.Sampler's max_tokens under a limit in bytes."""
     return max(1, min(MAX_TOKENS, int(gigabytes * 1e9) // per_token))
+
+
+def check_room(tokenizer: Tokenizer, problems: list[Problem], instruction: str | None, max_new_tokens: int, positions: int) -> None:
+    """ValueError where a prompt and a completion together pass the model's positions: before the work, and not in the step that meets this problem."""
+    longest, name = max((len(problem_ids(tokenizer, p, instruction)), p.id) for p in problems)
+    if longest + max_new_tokens > positions:
+        raise ValueError(f"the prompt of problem {name} has {longest} tokens; with --max_new_tokens {max_new_tokens} it passes the model's {positions} positions: "
+                         "lower --max_new_tokens, or drop the problem")
 
 
 def sampler_of(model: PreTrainedModel, tokenizer: Tokenizer, cache_gb: float = CACHE_GB, dtype: str = "") -> Sampler:

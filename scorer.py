@@ -12,7 +12,8 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +26,22 @@ from plan import CACHE_GB, sampler_of
 from rollout import TextModel
 
 
+@contextmanager
+def traced(name: str) -> Iterator[None]:
+    """Errors of a function of one's own keep their traceback: a ValueError of it is no bad input, which ends a command with one line."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{name} has failed with {type(error).__name__}: {error}") from error
+
+
 def find_function(name: str) -> Callable:
     """The function behind "module:function", a file of the working folder."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:                           # the folder of the script is there already
         sys.path.append(os.getcwd())
-    found = getattr(importlib.import_module(module), function, None) if importlib.util.find_spec(module) else None
+    with traced(name):
+        found = getattr(importlib.import_module(module), function, None) if module.isidentifier() and importlib.util.find_spec(module) else None
     if not callable(found):
         raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
     return found
@@ -41,7 +52,8 @@ def load_function(name: str) -> Callable[[str], list[Step]]:
     rule = find_function(name)
 
     def read(trace: str) -> list[Step]:
-        steps = rule(trace)
+        with traced(name):
+            steps = rule(trace)
         if not isinstance(steps, list) or not all(isinstance(step, Step) for step in steps):
             raise ValueError(f"{name} gave {str(steps)[:60]!r} for the trace {trace[:40]!r}: it has to return a list of gsrm.Step")
         return steps
@@ -56,7 +68,8 @@ class OwnReward:
         self.name, self.function, self.stats = name, find_function(name), Counter()
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
-        given = self.function([getattr(p, "problem", p) for p in problems], traces, teacher_traces)
+        with traced(self.name):
+            given = self.function([getattr(p, "problem", p) for p in problems], traces, teacher_traces)
         values = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given] if isinstance(given, Iterable) else []          # numpy's and torch's numbers are some, too
         if len(values) != len(traces) or not all(v is None or isinstance(v, (int, float)) and math.isfinite(v) for v in values):
             raise ValueError(f"{self.name} gave {str(given)[:60]} for {len(traces)} traces: it has to return a list with a finite number, or None, for each")

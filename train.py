@@ -36,7 +36,7 @@ import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
 from command import ConfigParser, ending, flag, folder
-from data import Problem, Tokenizer, append_jsonl, check_room, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
+from data import Problem, Tokenizer, append_jsonl, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
 from parallel import gather_rows, rank, world
@@ -107,7 +107,7 @@ class Config:
     lora_alpha: int = flag(32, "adapters count alpha / rank", "[1, inf)")
     lora_targets: str = flag("all-linear", "layers with adapters: all-linear, or names such as q_proj,v_proj; never the head")
     reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards", "[1, inf)")
-    max_faults: int = flag(3, "steps in a row with a loss or gradient that is not finite: back to the last good checkpoint once, then the run ends", "[1, inf)")
+    max_faults: int = flag(3, "steps in a row whose loss or gradient is not finite: back to the last good checkpoint once, then the run ends; or without a score", "[1, inf)")
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
     warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
     warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
@@ -254,8 +254,8 @@ def measure(run: Run, path: Path) -> str:
 
 
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
-    """The loop, from the step of `state` to the last. Leave: asked to end, the checkpoint is written. FloatingPointError: nothing finite comes any more."""
-    config, done, rewards, shown, track = run.config, state["step"], [], {}, tracker(run.config.log_to, out, run.config)
+    """The loop, from the step of `state` to the last. Leave: asked to end, the checkpoint is written. FloatingPointError, ConnectionError: nothing finite, no reward comes."""
+    config, done, rewards, shown, idle, track = run.config, state["step"], [], {}, 0, tracker(run.config.log_to, out, run.config)
     faults = Faults(config.max_faults, state.get("faults", 0), state.get("rolled_back", False))
 
     def save() -> None:
@@ -266,7 +266,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
         try:
             for step in range(done, config.steps):
                 metrics, table, tokens = step_once(run, step, leave)
-                done, saved = step + 1, False
+                done, saved, idle = step + 1, False, idle + 1 if metrics["unscored"] == config.problems_per_step * config.group_size else 0
                 rewards.extend([metrics["reward"]] * math.isfinite(metrics["reward"]))          # a step without a scored row has none
                 if rank() == 0:
                     append_jsonl(out / "rollouts.jsonl", table)
@@ -289,10 +289,13 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                     load_checkpoint(good, run.model, run.optimizer)
                     if rank() == 0:
                         print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
-                if saved := bool(verdict) or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
+                if saved := bool(verdict) or idle == config.max_faults or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
                     save()
                 checkpoints.wait(0)
                 leave()
+                if idle == config.max_faults:
+                    checkpoints.wait()
+                    raise ConnectionError(f"no completion of {idle} steps in a row could be scored (why: time/gsrm/* in {out / 'log.jsonl'}); mend that, then --resume auto")
         except Leave as asked:
             if done > state["step"] and not saved:
                 save()
@@ -312,7 +315,7 @@ def main(config: Config) -> None:
     say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
     say(f"{config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} processes", flush=True)
     run = set_up(config, out)
-    check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
+    plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
     if rank() == 0:

@@ -72,6 +72,8 @@ BAD = [   # command line, what its one line has to say
     (TRAIN + "--model {w}/cut", "cut: cannot be loaded; save or copy it again"),
     (TRAIN + "--model {w}/nan", "holds numbers that are not finite"),
     (TRAIN + "--model {w}/words", "they do not belong together"),
+    (TRAIN + f"--model {STEP}", "is a training checkpoint: `python checkpoint.py"),
+    (EVAL.replace("toy/student", STEP), "is a training checkpoint: `python checkpoint.py"),
     (TRAIN + "--model {w}/problems.jsonl", "is a file; give the folder that save_pretrained wrote"),
     (TRAIN + "--data {w}/nowhere.jsonl", "give a JSONL file, or a folder that holds train.jsonl"),
     (TRAIN + "--data {w}/empty.jsonl", "empty.jsonl: holds no problems"),
@@ -332,3 +334,13 @@ def test_the_same_commands_without_the_mistake(w, tmp_path):
                  TOY + "--out {w}/more.jsonl", "eval.py show {w}/run"):
         status, _, err = command(line.format(w=tmp_path / "w"))
         assert status == 0, (line, err)
+
+
+def test_ctrl_c_and_a_reader_that_has_gone_leave_no_traceback():
+    """KeyboardInterrupt where no command has a better answer; `... | head -1` closes the pipe behind the first line."""
+    code = "import sys; sys.path.insert(0, '.'); from command import ending\nwith ending():\n    "
+    stopped = subprocess.run([sys.executable, "-c", code + "raise KeyboardInterrupt"], cwd=ROOT, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (1, "interrupted\n")
+    piped = subprocess.run(["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -1', sys.executable, code + "[print('line' * 100) for _ in range(10_000)]"],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert (piped.returncode, piped.stderr) == (0, "") and piped.stdout.startswith("line")

@@ -58,6 +58,13 @@ def file_of(folder: Path, *lines: dict | str) -> Path:
 # ------------------------------------------------------------------------------------------------ problems
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% for m in messages %}"])
+def test_a_template_that_cannot_be_used_says_so(tmp_path, template):
+    for tokenizer in (TiktokenTokenizer({**SPEC, "chat_template": template}), huggingface(tmp_path, template)):
+        with pytest.raises(ValueError, match="chat template cannot make a prompt of one user turn"):
+            chat_ids(tokenizer, "?")
+
+
 def test_good_lines(tmp_path: Path) -> None:
     least = {"id": "p2", "problem": "1+1?", "answer": "2"}
     odd = {"id": "p\u20283", "problem": "a\u2028b\u2029c\x85d é\U0001f600", "answer": " 2 ", "teachers": ["line\u2028line\nline"]}

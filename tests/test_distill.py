@@ -107,6 +107,12 @@ def test_a_structure_reward_of_ones_own(data, tmp_path, monkeypatch):  # noqa: F
             OwnReward(name)(["p"] * 2, ["t"] * 2, [["x"]] * 2)
     with pytest.raises(ValueError, match="no such function"):
         OwnReward("mine:nothing")
+    (tmp_path / "failing.py").write_text("def number(problems, traces, teachers):\n    return [float(t) for t in traces]\n")
+    (tmp_path / "absent.py").write_text("import a_package_that_is_not_there\n")
+    for call in (lambda: OwnReward("failing:number")(["p"], ["abc"], [["x"]]), lambda: OwnReward("absent:reward")):
+        with pytest.raises(RuntimeError, match="has failed with") as failed:                # which `ending` lets through, so that the line in one's own file is seen
+            call()
+        assert isinstance(failed.value.__cause__, (ValueError, ImportError))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/yours_here.py").write_text("def one(problems, traces, teachers):\n    return [1.0] * len(traces)\n")
     monkeypatch.chdir(tmp_path / "elsewhere")                                         # the working folder, whichever folder train.py is in

@@ -184,6 +184,22 @@ def test_an_outage_of_the_reward_model_is_no_reward_of_zero(data, tmp_path, monk
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path).values(), load_file(ROOT / "toy/student/model.safetensors").values()))
 
 
+def test_a_reward_that_stays_away_ends_the_run_and_it_goes_on_later(data, tmp_path, monkeypatch):
+    """Steps 2 to 4 have no score: after three of them a checkpoint and an error; with the reward back the run goes on behind them. One scored step in between is no end."""
+    class Flaky:
+        def __init__(self, down): self.stats, self.calls, self.down = {}, 0, down
+        def __call__(self, problems, traces, teachers):
+            self.calls += 1
+            return [Score(None if self.calls in self.down else n / len(traces)) for n in range(len(traces))]
+    gsrm = Flaky({2, 3, 4, 7, 8})
+    monkeypatch.setattr(train, "load_gsrm", lambda *a: gsrm)
+    with pytest.raises(ConnectionError, match="no completion of 3 steps in a row could be scored.*--resume auto"):
+        train.main(config(data, tmp_path, "--steps", "9", "--max_faults", "3", "--save_every", "0"))
+    assert [row["unscored"] for row in lines(tmp_path)] == [0, 16, 16, 16]
+    train.main(config(data, tmp_path, "--steps", "9", "--max_faults", "3", "--save_every", "0", "--resume", "auto"))
+    assert [row["unscored"] for row in lines(tmp_path)] == [0, 16, 16, 16, 0, 0, 16, 16, 0]
+
+
 def test_cursor_goes_through_every_problem_each_epoch():
     seen = [i for step in range(15) for i in train.cursor(12, 4, 0, step)]
     assert all(sorted(seen[e:e + 12]) == list(range(12)) for e in range(0, 60, 12)) and seen[:12] != seen[12:24]
