@@ -206,7 +206,7 @@ class Config:
     max_new_tokens: int = flag(4096, "of a sample", "[1, inf)")
     gsrm_max_new_tokens: int = flag(2048, "of a written structure", "[1, inf)")
     seed: int = flag(0, "of the samples", "[0, inf)")
-    out: str = flag("", "JSON file for all figures")
+    out: str = flag("", "JSON file for all figures, a new one")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
@@ -285,6 +285,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{first} and --data {args.data}: give one of the two")
         if not args.gsrm or not (data := first or args.data):
             raise ValueError("DATA and --gsrm are needed: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read")
+        if args.out and Path(args.out).exists():
+            raise ValueError(f"{args.out} exists already: choose another --out")
         problems, human = load_gold(data, args.limit)
         if len(problems) < 2 or not all(p.teachers for p in problems):
             raise ValueError(f"{data}: the report card needs two problems or more, each with a teacher trace")

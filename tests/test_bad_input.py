@@ -148,6 +148,7 @@ BAD = [   # command line, what its one line has to say
     (CARD + "--model toy/student --k 0", "--k: '0' is not a whole number of 1 or more"),
     (CARD + "--model {w}/long.jsonl", "is a file; give the folder"),
     (CARD + "--gsrm toy/gsrm --pairs rubbish:text", "it has to return (prompt of the judge, 'yes' or 'no')"),
+    (CARD + "--out {w}/kept.jsonl", "kept.jsonl exists already: choose another --out"),
     (CARD + "--out {w}/kept.jsonl/x.json", "kept.jsonl: File exists: choose another path"),
     (ANNOTATE + "--url nonsense", "the url must look like http://host:port/v1"),
     (ANNOTATE + "--concurrency 0", "--concurrency: '0' is not a whole number of 1 or more"),
