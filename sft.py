@@ -100,8 +100,8 @@ def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pa
 
 def pair_fault(row: object, task: str) -> str:
     """What is wrong with a prompt/target line, "" if nothing: for a GSRM also prompts that it would not be asked, and targets that could not be read back."""
-    if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str} or any(map(half_pair, row.values())):
-        return f"expected the two strings 'prompt' and 'target', got {str(row)[:80]!r}"
+    if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str} or any(half_pair(v) or not v.strip() for v in row.values()):
+        return f"expected the two strings 'prompt' and 'target', neither of them empty, got {str(row)[:80]!r}"
     if task != "gsrm":
         return ""
     if row["prompt"].startswith(JUDGE.partition("{")[0]):
