@@ -102,6 +102,8 @@ BAD = [   # command line, what its one line has to say
     (SFT + "--eval_share 0.1 --eval_data toy", "--eval_share 0.1: not --eval_data too"),
     (SFT + "--task gsrm", "`python gsrm.py annotate` makes them from problems"),
     (SFT + "--data {w}/pairs.jsonl", "pairs.jsonl:2: expected the two strings 'prompt' and 'target'"),
+    (SFT + "--eval_data {w}/judged.jsonl", "problems.jsonl holds problems, --eval_data {w}/judged.jsonl prompt/target pairs: give held-out data of the same kind"),
+    (SFT + "--data {w}/judged.jsonl --eval_data {w}/problems.jsonl", "judged.jsonl holds prompt/target pairs, --eval_data {w}/problems.jsonl problems: give held-out"),
     (SFT + "--data {w}/long.jsonl", "--skip_long leaves them out"),
     (SFT + "--data {w}/bare.jsonl", "no problem has a teacher trace, so there is nothing to imitate"),
     (SFT + "--model {w}/mixed", "so this is no checkpoint of a Qwen3ForCausalLM"),
@@ -251,6 +253,7 @@ def w(tmp_path_factory) -> Path:
     lines(w / "long.jsonl", a | {"problem": "How many has Ann? " * 600})
     (w / "latin1.jsonl").write_bytes(b'{"id": "\xe9"}\n')
     lines(w / "pairs.jsonl", {"prompt": "a", "target": "b"}, {"prompt": "a", "target": 3})
+    lines(w / "judged.jsonl", {"prompt": "a", "target": "b"})
     lines(w / "gsm8k.jsonl", {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}, {"question": "1 + 2?", "answer": 3})
     lines(w / "kept.jsonl", "this is mine")
     lines(w / "rubbish.py", "numbers = 3", "def text(trace): return 'no steps'", "def nothing(trace): return None", "def nan(trace): return [float('nan')]",
@@ -299,7 +302,7 @@ def rubbish(w, monkeypatch):
 def refused(line: str, says: str, w: Path) -> None:
     before = snapshot(w)
     status, _, err = command(line.format(w=w) if "{w}" in line else line)
-    assert status not in (0, None) and says in err and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert status not in (0, None) and says.replace("{w}", str(w)) in err and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert snapshot(w) == before                         # nothing has been written, changed or removed
 
 
