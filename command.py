@@ -87,6 +87,13 @@ def at_least(low: float, kind: type = int) -> Callable[[str], float]:
     return number(kind, f"[{low}, inf)")
 
 
+def picture_file(text: str) -> Path:
+    """A type for add_argument: where a picture goes, with the .png that matplotlib adds where there is no ending; a folder is refused."""
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file for the picture, such as {path / 'curve.png'}")
+    return path if path.suffix else path.with_name(path.name + ".png")
+
+
 def read_record(path: Path, *names: str) -> dict:
     """The JSON object in a file; ValueError names the file where it is none, or lacks one of the fields `names`."""
     try:
