@@ -105,6 +105,18 @@ def read_record(path: Path, *names: str) -> dict:
     return record
 
 
+def log_lines(file: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, its JSON object) of a run's log. A last line without its end, torn by a kill or just being written, is left out; ValueError names any other that is no step's."""
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{file}:{number}: expected the log line of a training step: mend or remove it")
+        yield line, row
+
+
 def folder(path: str | Path) -> Path:
     """Makes a folder for what a command writes, before the work is done whose results could then not be kept."""
     Path(path).mkdir(parents=True, exist_ok=True)
