@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from command import ConfigParser, ending, flag, folder
+from command import ConfigParser, Parser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
 from gsrm import GSRM, KINDS, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
@@ -272,7 +272,13 @@ def student_samples(args: Config, problems: list[Problem]) -> list[tuple[int, st
 
 
 def main(argv: list[str]) -> None:
-    """The command `python gsrm.py eval`."""
+    """The command `python gsrm.py eval`, and the help on both commands of gsrm.py."""
+    if argv[:1] in (["-h"], ["--help"]):
+        parser = Parser(prog="python gsrm.py", description="The Generative Structure Reward Model (GSRM).", epilog="All flags of a command: python gsrm.py COMMAND --help")
+        commands = parser.add_subparsers(metavar="COMMAND")
+        commands.add_parser("eval", help="its report card: python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
+        commands.add_parser("annotate", help="its training pairs, written by a larger model: python gsrm.py annotate DATA --url URL --model NAME --out FILE")
+        parser.parse_args(argv[:1])
     if argv[:1] != ["eval"]:
         sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or "
                  "python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
