@@ -188,8 +188,7 @@ def target_logps(model: PreTrainedModel, pairs: list[Pair], max_tokens: int) -> 
         def logps(rows: list[int] = [mine[i] for i in piece] or [0]) -> torch.Tensor:
             hidden, targets = predictors(model, [pairs[n][0] for n in rows], [pairs[n][1] for n in rows])
             return linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0]
-        logp = inside(model, logps)
-        yield logp if piece else logp[:0]
+        yield inside(model, logps)[:None if piece else 0]
 
 
 @torch.no_grad()
@@ -306,15 +305,16 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
 
 
 def main(config: Config) -> None:
+    files = [data_file(path, split) for path, split in ((config.data, "train"), (config.eval_data, "test")) if path]
     if config.dry_run:
-        here, positions = Path(config.model).is_dir() and Path(config.data or "-").exists(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
+        here, positions = config.data and Path(config.model).is_dir(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
         lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model), positions)] if here else []
         return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
     out = Path(config.out)
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
-    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], load_tokenizer(config.model))
+    record = run_record(config, files, load_tokenizer(config.model))
     start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)

@@ -107,6 +107,8 @@ BAD = [   # command line, what its one line has to say
     (SFT + "--data {w}/long.jsonl", "--skip_long leaves them out"),
     (SFT + "--data {w}/bare.jsonl", "no problem has a teacher trace, so there is nothing to imitate"),
     (SFT + "--model {w}/mixed", "so this is no checkpoint of a Qwen3ForCausalLM"),
+    (SFT + "--dry_run --data {w}/nowhere.jsonl", "no problems at {w}/nowhere.jsonl: give a JSONL file"),
+    (SFT + "--dry_run --model Qwen/Qwen2.5-7B-Instruct --eval_data {w}/nowhere.jsonl", "no problems at {w}/nowhere.jsonl: give a JSONL file"),
     (SFT + "--device warp", "--device warp: not on this machine"),
     (SFT + "--out {w}/kept.jsonl/out", "kept.jsonl/out: Not a directory: choose another path"),
     (SFT + "--out toy/student", "a folder, another one than --model"),
