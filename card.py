@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from command import ConfigParser, ending, flag, folder
+from command import ConfigParser, Parser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
 from gsrm import GSRM, KINDS, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
@@ -206,7 +206,7 @@ class Config:
     max_new_tokens: int = flag(4096, "of a sample", "[1, inf)")
     gsrm_max_new_tokens: int = flag(2048, "of a written structure", "[1, inf)")
     seed: int = flag(0, "of the samples", "[0, inf)")
-    out: str = flag("", "JSON file for all figures")
+    out: str = flag("", "JSON file for all figures, a new one")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
@@ -272,7 +272,13 @@ def student_samples(args: Config, problems: list[Problem]) -> list[tuple[int, st
 
 
 def main(argv: list[str]) -> None:
-    """The command `python gsrm.py eval`."""
+    """The command `python gsrm.py eval`, and the help on both commands of gsrm.py."""
+    if argv[:1] in (["-h"], ["--help"]):
+        parser = Parser(prog="python gsrm.py", description="The Generative Structure Reward Model (GSRM).", epilog="All flags of a command: python gsrm.py COMMAND --help")
+        commands = parser.add_subparsers(metavar="COMMAND")
+        commands.add_parser("eval", help="its report card: python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
+        commands.add_parser("annotate", help="its training pairs, written by a larger model: python gsrm.py annotate DATA --url URL --model NAME --out FILE")
+        parser.parse_args(argv[:1])
     if argv[:1] != ["eval"]:
         sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or "
                  "python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
@@ -285,6 +291,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{first} and --data {args.data}: give one of the two")
         if not args.gsrm or not (data := first or args.data):
             raise ValueError("DATA and --gsrm are needed: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read")
+        if args.out and Path(args.out).exists():
+            raise ValueError(f"{args.out} exists already: choose another --out")
         problems, human = load_gold(data, args.limit)
         if len(problems) < 2 or not all(p.teachers for p in problems):
             raise ValueError(f"{data}: the report card needs two problems or more, each with a teacher trace")

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import lora
-from command import Parser, ending, read_record
+from command import Parser, ending, log_lines, read_record
 from data import Tokenizer, load_model, load_tokenizer, save_model
 from parallel import all_max, rank, whole_state
 
@@ -194,10 +194,10 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE) ->
 
 
 def cut_logs(out: Path, step: int) -> None:
-    """Cuts off the log lines after `step`, so that a run that goes on from there doubles none."""
+    """Cuts off the log lines after `step`, so that a run that goes on from there doubles none; ValueError names a broken line by file and number."""
     for name in ("log.jsonl", "rollouts.jsonl"):
         if (out / name).exists():
-            lines = [line for line in (out / name).read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step]     # a last line torn, perhaps in a character, goes too
+            lines = [line for line, row in log_lines(out / name) if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
             (out / f".{name}").write_bytes(b"".join(line + b"\n" for line in lines))
             (out / f".{name}").rename(out / name)
 

@@ -93,6 +93,13 @@ def at_least(low: float, kind: type = int) -> Callable[[str], float]:
     return number(kind, f"[{low}, inf)")
 
 
+def picture_file(text: str) -> Path:
+    """A type for add_argument: where a picture goes, with the .png that matplotlib adds where there is no ending; a folder is refused."""
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file for the picture, such as {path / 'curve.png'}")
+    return path if path.suffix else path.with_name(path.name + ".png")
+
+
 def read_record(path: Path, *names: str) -> dict:
     """The JSON object in a file; ValueError names the file where it is none, or lacks one of the fields `names`."""
     try:
@@ -102,6 +109,18 @@ def read_record(path: Path, *names: str) -> dict:
     if not isinstance(record, dict) or (missing := [name for name in names if name not in record]):
         raise ValueError(f"{path}: expected a JSON object" + (f" with the field {missing[0]!r}" if isinstance(record, dict) else ""))
     return record
+
+
+def log_lines(file: Path) -> Iterator[tuple[bytes, dict]]:
+    """(line, its JSON object) of a run's log. A last line without its end, torn by a kill or just being written, is left out; ValueError names any other that is no step's."""
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{file}:{number}: expected the log line of a training step: mend or remove it")
+        yield line, row
 
 
 def folder(path: str | Path) -> Path:

@@ -270,7 +270,8 @@ def check_out(out: Path, data: Path) -> None:
 
 def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejected: bool = False) -> str:
     """A line in OUT.annotations.jsonl or OUT.rejected.jsonl for every teacher trace without one of this model's, as soon as its answer comes; then OUT from the
-    former. What other models wrote under the same OUT stays in the record and out of OUT: no trace has two targets there."""
+    former: the pairs of `problems` by this model, so no trace has two targets there. What other models wrote, or other problems have, stays in the record.
+    ValueError where none of the traces has a pair."""
     record, rejected = companions(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if retry_rejected:
@@ -295,13 +296,13 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         return True
     with bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
-    if not (rows := written(record)):
+    if not (rows := {key: row for key, row in written(record).items() if key in tasks}):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")
     write_jsonl(aside := out.with_name(out.name + ".tmp"), [{"prompt": row["prompt"], "target": row["target"]} for row in rows.values()])
     aside.replace(out)
-    refused, others = written(rejected), len(kept(record)) - len(rows)
-    failed = len(tasks.keys() - rows.keys() - refused.keys())
-    return (f"{len(rows)} pairs in {out}; {len(refused)} rejected, in {rejected}" + f"; {others} of other models only in {record}" * (others > 0)
+    refused, others = tasks.keys() & written(rejected).keys(), len(kept(record)) - len(rows)
+    failed = len(tasks.keys() - rows.keys() - refused)
+    return (f"{len(rows)} pairs in {out}; {len(refused)} rejected, in {rejected}" + f"; {others} of other models or problems only in {record}" * (others > 0)
             + f"; {failed} failed: run the same command again" * (failed > 0))
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from command import ConfigParser, Parser, ending, flag, read_record
+from command import ConfigParser, Parser, ending, flag, picture_file, read_record
 from data import Problem, Tokenizer, append_jsonl, file_hash, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
@@ -112,8 +112,8 @@ class Config:
     max_new_tokens: int = flag(32768, "completion budget; lowered to what the model's positions allow", "[1, inf)")
     skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
     limit: int = flag(0, "only the first so many problems (0: all)", "[0, inf)")
-    gsrm: str = flag("", "reward model for the structure report: checkpoint folder or module:function")
-    judge: str = flag("", "its judge, if another checkpoint")
+    gsrm: str = flag("", "reward model for the structure report: checkpoint folder, http://HOST:PORT/v1#MODEL, or module:function")
+    judge: str = flag("", "its judge, if another one: checkpoint folder or http://HOST:PORT/v1#MODEL")
     truth: str = flag("", "module:function that reads true steps")
     gsrm_max_new_tokens: int = flag(2048, "budget of a written structure", "[1, inf)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
@@ -241,17 +241,17 @@ def commands(argv: list[str]) -> None:
     two = new("compare", help="two evaluations, paired by problem: B - A with its 95 %% interval and p")
     two.add_argument("a")
     two.add_argument("b")
-    two.add_argument("--plot", type=Path, metavar="PNG", help="where both pass@k curves with their bands go (default: A-B.png beside B)")
+    two.add_argument("--plot", type=picture_file, metavar="PNG", help="where both pass@k curves with their bands go (default: A-B.png beside B)")
     completions = new("show", help="completions with their steps: the best, the middle and the worst, or those asked for")
     completions.add_argument("out", type=Path, help="folder of a training run, or a file of generations")
     completions.add_argument("--step", type=int, help="training step (default: the last)")
     completions.add_argument("--problem", metavar="ID")
     completions.add_argument("--sample", type=int, help="number in its group")
-    completions.add_argument("--plot", type=Path, metavar="PNG", help="draw the first of them, its steps coloured by what they earned")
+    completions.add_argument("--plot", type=picture_file, metavar="PNG", help="draw the first of them, its steps coloured by what they earned")
     completions.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     curves = new("plot", help="learning curves of one or several runs")
     curves.add_argument("runs", nargs="+", metavar="OUT")
-    curves.add_argument("--out", type=Path, default=Path("curve.png"))
+    curves.add_argument("--out", type=picture_file, metavar="PNG", default=Path("curve.png"), help="where the picture goes (default: curve.png)")
     curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
     args = parser.parse_args(argv)
     if args.command == "rescore":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_jsonl
+from command import log_lines
 
 WINDOW = 10                            # steps that a smoothed curve looks back over
 
@@ -28,10 +28,9 @@ def read_logs(runs: Sequence[str]) -> dict[str, list[dict]]:
     for run, name in zip(runs, names):
         if not (file := Path(run) / "log.jsonl").is_file():
             raise ValueError(f"{run}: no log.jsonl there; give the folder that train.py wrote (--out)")
-        log = read_jsonl(file)
-        if bad := next((where for where, row in log if not isinstance(row, dict) or "step" not in row), None if log else f"{file}:1"):
-            raise ValueError(f"{bad}: expected the log line of a training step")
-        logs[name if names.count(name) == 1 else str(run)] = [row for _, row in log]
+        if not (log := [row for _, row in log_lines(file)]):
+            raise ValueError(f"{file}:1: expected the log line of a training step")
+        logs[name if names.count(name) == 1 else str(run)] = log
     return logs
 
 

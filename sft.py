@@ -85,10 +85,11 @@ PRESETS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A pair, the place it came from, and the text that all pairs of one problem share (a held-out share takes problems whole)."""
+    """A pair, the place it came from, the text that all pairs of one problem share (a held-out share takes problems whole), and what its file holds."""
     where: str
     source: str
     pair: Pair
+    kind: str = ""
 
 
 def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pair:
@@ -100,8 +101,8 @@ def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pa
 
 def pair_fault(row: object, task: str) -> str:
     """What is wrong with a prompt/target line, "" if nothing: for a GSRM also prompts that it would not be asked, and targets that could not be read back."""
-    if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str} or any(map(half_pair, row.values())):
-        return f"expected the two strings 'prompt' and 'target', got {str(row)[:80]!r}"
+    if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != {"prompt": str, "target": str} or any(half_pair(v) or not v.strip() for v in row.values()):
+        return f"expected the two strings 'prompt' and 'target', neither of them empty, got {str(row)[:80]!r}"
     if task != "gsrm":
         return ""
     if row["prompt"].startswith(JUDGE.partition("{")[0]):
@@ -127,22 +128,19 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
         start = "" if opening(tokenizer) else "<think>\n"                      # where the prompt does not open the thinking, the student has to
         return [(f"{path}: problem {p.id}, trace {k}", p.problem, problem_ids(tokenizer, p, config.instruction), start + join_completion(t, p.answer))
                 for p in problems for k, t in enumerate(p.teachers, 1)]
-    texts = []
-    for where, row in rows:
-        if fault := pair_fault(row, config.task):
-            faults.append(f"{where}: {fault}")
-        else:
-            texts.append((where, row["prompt"].partition("\n<trace>\n")[0], row["prompt"], row["target"]))
+    checked = [(where, row, pair_fault(row, config.task)) for where, row in rows]
+    faults += [f"{where}: {fault}" for where, _, fault in checked if fault]
     if faults and not config.skip_bad:
         raise ValueError(faults[0])
     tell(f"bad lines of {path} passed over", faults)
-    return texts[:first or None]
+    return [(where, row["prompt"].partition("\n<trace>\n")[0], row["prompt"], row["target"]) for where, row, fault in checked if not fault][:first or None]
 
 
 def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = "train", positions: int = 1 << 30) -> list[Example]:
     """The token pairs of `path`. A pair of more tokens than --max_length, or than the model has `positions`, is an error, or with --skip_long told and left out."""
     most = min(config.max_length or positions, positions)
-    examples = [Example(where, source, token_pair(tokenizer, prompt, target)) for where, source, prompt, target in load_texts(config, tokenizer, path, split)]
+    examples = [Example(where, source, token_pair(tokenizer, prompt, target), "prompt/target pairs" if isinstance(prompt, str) else "problems")
+                for where, source, prompt, target in load_texts(config, tokenizer, path, split)]
     if not examples:
         raise ValueError(f"{path}: no good pair is left, or no problem has a teacher trace, so there is nothing to imitate")
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
@@ -190,8 +188,7 @@ def target_logps(model: PreTrainedModel, pairs: list[Pair], max_tokens: int) -> 
         def logps(rows: list[int] = [mine[i] for i in piece] or [0]) -> torch.Tensor:
             hidden, targets = predictors(model, [pairs[n][0] for n in rows], [pairs[n][1] for n in rows])
             return linear_logprob(hidden, model.get_output_embeddings().weight, targets)[0]
-        logp = inside(model, logps)
-        yield logp if piece else logp[:0]
+        yield inside(model, logps)[:None if piece else 0]
 
 
 @torch.no_grad()
@@ -308,15 +305,16 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
 
 
 def main(config: Config) -> None:
+    files = [data_file(path, split) for path, split in ((config.data, "train"), (config.eval_data, "test")) if path]
     if config.dry_run:
-        here, positions = Path(config.model).is_dir() and Path(config.data or "-").exists(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
+        here, positions = config.data and Path(config.model).is_dir(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
         lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model), positions)] if here else []
         return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
     out = Path(config.out)
     there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
-    record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], load_tokenizer(config.model))
+    record = run_record(config, files, load_tokenizer(config.model))
     start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
@@ -324,6 +322,8 @@ def main(config: Config) -> None:
     positions = getattr(model.config, "max_position_embeddings", 1 << 30)
     examples = load_examples(config, tokenizer, config.data, "train", positions)
     held = load_examples(config, tokenizer, config.eval_data, "test", positions) if config.eval_data else []
+    if held and held[0].kind != examples[0].kind:
+        raise ValueError(f"--data {config.data} holds {examples[0].kind}, --eval_data {config.eval_data} {held[0].kind}: give held-out data of the same kind")
     examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
     if config.dtype != "float32" or config.offload or world() > 1:
         shard(model, config.dtype, config.offload)

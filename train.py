@@ -62,7 +62,7 @@ class Config:
     skip_bad: bool = flag(False, "list malformed lines of the data instead of stopping at one")
     limit: int = flag(0, "train on the first so many problems only (0: all)", "[0, inf)")
     instruction: str | None = flag(None, "text after each problem (default: the tokenizer's own, else 'Please reason step by step ...')")
-    w_structure: float = flag(1.0, "weight of the structure reward; 0 asks no GSRM (plain GRPO)")
+    w_structure: float = flag(1.0, "weight of the structure reward; 0: plain GRPO; a --gsrm given all the same is loaded, and only scores the evaluations before and after")
     w_outcome: float = flag(1.0, "weight of the outcome reward, 1 for a right final answer")
     w_format: float = flag(0.2, "weight of the format reward, 1 for <think>...</think> and a boxed answer")
     combine: Literal["gdpo", "sum"] = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")

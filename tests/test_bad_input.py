@@ -104,9 +104,13 @@ BAD = [   # command line, what its one line has to say
     (SFT + "--eval_share 0.1 --eval_data toy", "--eval_share 0.1: not --eval_data too"),
     (SFT + "--task gsrm", "`python gsrm.py annotate` makes them from problems"),
     (SFT + "--data {w}/pairs.jsonl", "pairs.jsonl:2: expected the two strings 'prompt' and 'target'"),
+    (SFT + "--eval_data {w}/judged.jsonl", "problems.jsonl holds problems, --eval_data {w}/judged.jsonl prompt/target pairs: give held-out data of the same kind"),
+    (SFT + "--data {w}/judged.jsonl --eval_data {w}/problems.jsonl", "judged.jsonl holds prompt/target pairs, --eval_data {w}/problems.jsonl problems: give held-out"),
     (SFT + "--data {w}/long.jsonl", "--skip_long leaves them out"),
     (SFT + "--data {w}/bare.jsonl", "no problem has a teacher trace, so there is nothing to imitate"),
     (SFT + "--model {w}/mixed", "so this is no checkpoint of a Qwen3ForCausalLM"),
+    (SFT + "--dry_run --data {w}/nowhere.jsonl", "no problems at {w}/nowhere.jsonl: give a JSONL file"),
+    (SFT + "--dry_run --model Qwen/Qwen2.5-7B-Instruct --eval_data {w}/nowhere.jsonl", "no problems at {w}/nowhere.jsonl: give a JSONL file"),
     (SFT + "--device warp", "--device warp: not on this machine"),
     (SFT + "--out {w}/kept.jsonl/out", "kept.jsonl/out: Not a directory: choose another path"),
     (SFT + "--out toy/student", "a folder, another one than --model"),
@@ -140,6 +144,8 @@ BAD = [   # command line, what its one line has to say
     ("eval.py show {w}/run --step 99", "no step 99; it holds steps 1 to 1"),
     ("eval.py show {w}/latin1.jsonl", "latin1.jsonl:1: not a completion"),
     ("eval.py plot {w}/nowhere", "give the folder that train.py wrote (--out)"),
+    ("eval.py plot {w}/run --out {w}/run", "--out: {w}/run is a folder: name a file for the picture, such as {w}/run/curve.png"),
+    ("eval.py compare {w}/rows.jsonl {w}/rows.jsonl --plot {w}/run", "--plot: {w}/run is a folder: name a file"),
     ("eval.py plot {w}/run --out {w}/kept.jsonl/x.png", "kept.jsonl/x.png: Not a directory: choose another path"),
     # ---- gsrm.py
     ("gsrm.py", "python gsrm.py annotate DATA --url URL --model NAME --out FILE, or python gsrm.py eval DATA"),
@@ -150,6 +156,7 @@ BAD = [   # command line, what its one line has to say
     (CARD + "--model toy/student --k 0", "--k: '0' is not a whole number of 1 or more"),
     (CARD + "--model {w}/long.jsonl", "is a file; give the folder"),
     (CARD + "--gsrm toy/gsrm --pairs rubbish:text", "it has to return (prompt of the judge, 'yes' or 'no')"),
+    (CARD + "--out {w}/kept.jsonl", "kept.jsonl exists already: choose another --out"),
     (CARD + "--out {w}/kept.jsonl/x.json", "kept.jsonl: File exists: choose another path"),
     (ANNOTATE + "--url nonsense", "the url must look like http://host:port/v1"),
     (ANNOTATE + "--concurrency 0", "--concurrency: '0' is not a whole number of 1 or more"),
@@ -252,6 +259,7 @@ def w(tmp_path_factory) -> Path:
     lines(w / "long.jsonl", a | {"problem": "How many has Ann? " * 600})
     (w / "latin1.jsonl").write_bytes(b'{"id": "\xe9"}\n')
     lines(w / "pairs.jsonl", {"prompt": "a", "target": "b"}, {"prompt": "a", "target": 3})
+    lines(w / "judged.jsonl", {"prompt": "a", "target": "b"})
     lines(w / "gsm8k.jsonl", {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}, {"question": "1 + 2?", "answer": 3})
     lines(w / "kept.jsonl", "this is mine")
     lines(w / "rubbish.py", "numbers = 3", "def text(trace): return 'no steps'", "def nothing(trace): return None", "def nan(trace): return [float('nan')]",
@@ -300,7 +308,7 @@ def rubbish(w, monkeypatch):
 def refused(line: str, says: str, w: Path) -> None:
     before = snapshot(w)
     status, _, err = command(line.format(w=w) if "{w}" in line else line)
-    assert status not in (0, None) and says in err and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert status not in (0, None) and says.replace("{w}", str(w)) in err and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert snapshot(w) == before                         # nothing has been written, changed or removed
 
 

@@ -197,6 +197,15 @@ def test_logs_cut_at_any_byte_keep_the_lines_up_to_the_step(tmp_path):
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("log.jsonl", "rollouts.jsonl"), b"".join(whole[:1 if end % 2 else 2]))
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("broken", [b'{"step": 2, "tex', b'{"text": "a"}', b"[2]", b'{"step": "2"}', b'{"step": 2, "text": "\xe9"}'])
+def test_a_broken_line_of_a_log_is_named_and_the_log_left_as_it_is(tmp_path, name, broken):
+    (tmp_path / name).write_bytes(whole := b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}:2: expected the log line of a training step"):
+        cut_logs(tmp_path, 3)
+    assert (tmp_path / name).read_bytes() == whole
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):
     """The system refuses files of more than 100 kB, as a full disk would."""
     checkpoints = Checkpoints(tmp_path)

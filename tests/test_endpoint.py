@@ -677,7 +677,7 @@ def test_two_models_do_not_meet_each_others_annotations(fake: Fake, tmp_path: Pa
     small = [data, "--url", fake.url, "--model", "small", "--out", str(out)]
     capsys.readouterr()
     annotate_main(small)
-    assert "11 pairs" in (said := capsys.readouterr().out) and "1 rejected" in said and "12 of other models only in" in said and fake.hits == 24
+    assert "11 pairs" in (said := capsys.readouterr().out) and "1 rejected" in said and "12 of other models or problems only in" in said and fake.hits == 24
     assert len(rows_of(out)) == 11 == len({row["prompt"] for row in rows_of(out)}) and len(rows_of(record)) == 23
     for again in (small, command(fake, data, out)):                  # whichever is resumed: nobody is asked, no row is doubled
         annotate_main(again)
@@ -712,6 +712,22 @@ def test_limit_takes_the_first_problems(fake: Fake, tmp_path: Path) -> None:
     fake.behave = annotator
     annotate_main(command(fake, problems_file(tmp_path, PROBLEMS), tmp_path / "o", "--limit", "2"))
     assert {parts(text_of(body))[0] for body in fake.bodies} == {"Problem 0?", "Problem 1?"} and len(rows_of(tmp_path / "o")) == 4
+
+
+def test_out_holds_the_pairs_of_today_s_problems_and_the_record_all_of_them(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A smaller --limit and other data take pairs out of OUT, not out of the record: with the first data they are back, and nobody is asked twice."""
+    lazy = lambda body: ok("I cannot.") if parts(text_of(body))[0] == "Problem 5?" else annotator(body)
+    fake.behave, out, data, record = lazy, tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS), tmp_path / "pairs.jsonl.annotations.jsonl"
+    annotate_main(command(fake, data, out))
+    whole, n = out.read_bytes(), len(rows_of(out))
+    assert n == 10 and "2 rejected" in (said := capsys.readouterr().out) and "only in" not in said
+    annotate_main(command(fake, data, out, "--limit", "2"))
+    assert f"4 pairs in {out}; 0 rejected" in (said := capsys.readouterr().out) and f"; 6 of other models or problems only in {record}" in said and "failed" not in said
+    assert {row["prompt"] for row in rows_of(out)} == {decompose_prompt(p.problem, t) for p in PROBLEMS[:2] for t in p.teachers} and fake.hits == 12
+    annotate_main(command(fake, problems_file(tmp_path, [Problem("new", "N?", "1", ("e 4",), "math")]), out))
+    assert [row["prompt"] for row in rows_of(out)] == [decompose_prompt("N?", "e 4")] and fake.hits == 13 and len(rows_of(record)) == 11
+    annotate_main(command(fake, problems_file(tmp_path, PROBLEMS), out))
+    assert out.read_bytes() == whole and fake.hits == 13 and len(rows_of(record)) == 11
 
 
 def test_what_does_not_parse_is_kept_apart(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

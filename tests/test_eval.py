@@ -331,6 +331,11 @@ def test_the_commands_on_what_a_run_leaves(tmp_path, capsys):
         evaluation.commands(["plot", str(tmp_path), "--out", str(tmp_path / "c.png"), *flags])
         assert (tmp_path / "c.png").stat().st_size > 5_000
         (tmp_path / "c.png").unlink()
+    capsys.readouterr()
+    (tmp_path / "c").mkdir()
+    for name, file in (("d", "d.png"), ("e.svg", "e.svg")):          # what is told is what was written
+        evaluation.commands(["plot", str(tmp_path), "--out", str(tmp_path / name)])
+        assert capsys.readouterr().out == f"wrote {tmp_path / file}\n" and (tmp_path / file).stat().st_size > 5_000 and not (tmp_path / "d").exists()
 
 
 def test_the_commands(tmp_path):

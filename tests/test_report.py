@@ -251,6 +251,16 @@ def test_a_curve_leaves_gaps_out_and_looks_back():
     assert steps == [i for i in range(30) if i != 3] and smooth[0] == 0 and smooth[-1] == pytest.approx(np.mean(range(20, 30))) and smooth[3] == pytest.approx((0 + 1 + 2 + 4) / 4)
 
 
+@pytest.mark.parametrize("torn", ["", '{"step": 2, "rew', '{"step": 2, "reward": 1.0}', "{", '{"step": 2, "text": "\u03c0'])
+def test_a_log_s_last_line_without_its_end_is_left_out(tmp_path, torn):
+    file, last = tmp_path / "log.jsonl", torn.encode()
+    file.write_bytes(b'{"step": 0, "reward": 0.5}\n{"step": 1, "reward": 0.25}\n' + last[:len(last) - ("\u03c0" in torn)])                # also one torn within a character
+    assert plots.read_logs([str(tmp_path)]) == {tmp_path.name: [{"step": 0, "reward": 0.5}, {"step": 1, "reward": 0.25}]}
+    file.write_bytes(b'{"step": 0}\n{"step": 1, "rew\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl:2: expected the log line"):
+        plots.read_logs([str(tmp_path)])
+
+
 def test_small_multiples_draw_each_metric_of_each_run(tmp_path, monkeypatch):
     for name, metrics in (("x/a", {"reward": 1.0, "rewards/structure/mean": 0.5, "true_structure": 0.1, "kl": 0.1}), ("y/a", {"reward": 2.0, "true_structure": 0.2})):
         (tmp_path / name).mkdir(parents=True)

@@ -378,8 +378,8 @@ def config(data: str, **more: object) -> Config:
 
 
 def test_pairs_of_prompt_and_target(tmp_path: Path) -> None:
-    path = file_of(tmp_path, {"prompt": "Ann", "target": " has 4"}, "", {"prompt": "x", "target": ""})
-    assert load_pairs(config(path), TOKENIZER) == [([256, 58], [257, 32, 52, EOS]), ([120, 58], [EOS])]          # the chat template adds ":" (58)
+    path = file_of(tmp_path, {"prompt": "Ann", "target": " has 4"}, "", {"prompt": "x", "target": "4"})
+    assert load_pairs(config(path), TOKENIZER) == [([256, 58], [257, 32, 52, EOS]), ([120, 58], [52, EOS])]          # the chat template adds ":" (58)
     assert load_pairs(config(path, limit=1), TOKENIZER) == [([256, 58], [257, 32, 52, EOS])]
 
 
@@ -400,6 +400,7 @@ def test_pairs_of_teacher_traces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [{"prompt": "x"}, {"prompt": "x", "target": 4}, {"prompt": None, "target": "y"},
+                                  {"prompt": "x", "target": ""}, {"prompt": "x", "target": " \n"}, {"prompt": "", "target": "y"}, {"prompt": "\t", "target": "y"},
                                   {"prompt": "x", "target": "y", "weight": "1"}, ["x", "y"], "{broken"])
 def test_a_malformed_pair_is_named_with_file_and_line(tmp_path: Path, line: object) -> None:
     good = {"prompt": "x", "target": "y"}
@@ -443,7 +444,7 @@ def test_a_gsrm_is_trained_on_the_very_prompt_that_scoring_sends(tmp_path: Path,
     ({"prompt": "Split this trace.", "target": STEPS}, "the prompt is not one of GSRM's"),
     ({**GSRM_PAIR, "target": "1. because: what is 1+1? 2"}, "the target cannot be read as steps (no step tags)"),
     ({**GSRM_PAIR, "target": STEPS.replace("[Answer 2]: 3", "")}, "the target cannot be read as steps (step 2: no Answer)"),
-    ({**GSRM_PAIR, "target": ""}, "the target cannot be read as steps (empty)"),
+    ({**GSRM_PAIR, "target": ""}, "expected the two strings 'prompt' and 'target', neither of them empty"),
     ({"prompt": judge_prompt("meta", "a", "b"), "target": "maybe"}, "a judge's target is 'yes' or 'no', not 'maybe'"),
     ({**GSRM_PAIR, "target": "\ud800"}, "expected the two strings 'prompt' and 'target'"),
 ])
