@@ -198,16 +198,21 @@ def lost(out: Path, save_every: int, passed: list[str]) -> str:
     return (f"{out} holds {len(steps)} steps and no whole checkpoint ({why}): choose another --out, or move {first} away" + f", with {', '.join(others)}" * bool(others))
 
 
-def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE) -> tuple[Path | None, list[str]]:
-    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin.
-    ValueError where `out` holds a run that is not to be resumed, one of other settings (but for the `free` ones) or data, or one whose checkpoints are gone: it is
-    not overwritten. A collective."""
+def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, model: str = "model") -> tuple[Path | None, list[str]]:
+    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin,
+    which writes its model into the folder `model` of `out`. ValueError where `out` holds a run that is not to be resumed, one of other settings (but for the `free`
+    ones) or data, one whose checkpoints are gone, or anything that a new run would mix with or write over, such as --model itself. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
+    if (out / model).resolve() == Path(record["config"]["model"]).resolve():
+        raise ValueError(f"{out / model} is --model itself, which the run would write over: choose another --out")
     if not resume and (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with --resume auto")
     if (out / "log.jsonl").exists() and not (out / "run.json").exists():
         raise ValueError(f"{out} holds log.jsonl and no run.json, the settings that its steps were made with: put it back, choose another --out, or move log.jsonl away")
+    others = [file for name in ("rollouts.jsonl", "checkpoints/step_*", "sft.json", "config.json", model) if name for file in out.glob(name)]
+    if others and not (resume and (out / "run.json").exists()):               # old checkpoints' higher numbers would win over the new ones
+        raise ValueError(f"{others[0]} is there already, of another run or a model: choose another --out, or move it away")
     before = read_record(out / "run.json", "config") if resume and (out / "run.json").exists() else {}
     if before and (why := changed(before, record, free)):
         raise ValueError(f"--resume: {why}")

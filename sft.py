@@ -317,7 +317,7 @@ def main(config: Config) -> None:
     if there and not (config.resume and "run.json" in there and "sft.json" not in there):
         raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
     record = run_record(config, [data_file(config.data), *[data_file(path, "test") for path in [config.eval_data] if path]], load_tokenizer(config.model))
-    start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
+    start, passed = start_folder(out, record, config.resume, FREE - {"keep"}, "")      # of train.py a number; here it says which weights are the model
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model, config.device)
     check_head(model)

@@ -217,6 +217,31 @@ def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(data, straight, tmp
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} and len(lines(out)) == 8
 
 
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "checkpoints/step_000100/state.json", "sft.json", "config.json", "model/config.json"])
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")])
+def test_a_new_run_does_not_mix_with_what_is_there(data, tmp_path, name, resume):  # noqa: F811
+    """The record run.json is not there, so that --resume auto begins a new one too."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{Path(*Path(name).parts[:-1] or [name])} is there already, of another run or a model: choose another --out, or move it away"):
+        train.main(config(data, tmp_path, "--steps", "1", *resume))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path(name)] and (tmp_path / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")])
+def test_a_run_does_not_write_over_its_own_start(data, straight, tmp_path, resume):  # noqa: F811
+    """Also not by another name, and where the log is that of a run that began from it."""
+    (tmp_path / "out").mkdir()
+    copy(straight / "model", tmp_path / "out/model")
+    (tmp_path / "alias").symlink_to(tmp_path / "out/model")
+    if resume:
+        record = json.loads((straight / "run.json").read_text())
+        (tmp_path / "out/run.json").write_text(json.dumps(record | {"config": record["config"] | {"model": f"{tmp_path}/alias"}}))
+    with pytest.raises(ValueError, match="out/model is --model itself, which the run would write over: choose another --out"):
+        train.main(config(data, tmp_path / "out", "--model", f"{tmp_path}/alias", "--steps", "8", "--save_every", "2", "--keep", "4", *resume))
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(tmp_path / "out").values()))
+
+
 @pytest.mark.parametrize("last, every, there, starts", [
     (0, 2, [], True), (1, 2, [], True), (5, 0, [], True),                  # killed before the first was due
     (2, 2, [], True), (3, 2, [".step_000002"], True), (4, 2, [".step_000002"], True),         # while it was written, which goes on to the second
