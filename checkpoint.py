@@ -179,18 +179,44 @@ def changed(before: dict, record: dict, free: set[str]) -> str:
     return ""
 
 
-def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE) -> tuple[Path | None, list[str]]:
-    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin.
-    ValueError where `out` holds a run that is not to be resumed, or one of other settings (but for the `free` ones) or data. A collective."""
+def lost(out: Path, save_every: int, passed: list[str]) -> str:
+    """Why a run without a whole checkpoint may not start over in `out`, "" where it may: the kill came before its first one was whole. `passed`: its damaged ones."""
+    rows, kept = [row for _, row in (log_lines(out / "log.jsonl") if (out / "log.jsonl").exists() else ())], out / "checkpoints"
+    steps = [row["step"] for row in rows]
+    due = [row["step"] for row in rows if save_every and row["step"] % save_every == 0 and not row.get("nonfinite")]        # after these one was saved
+    # the first is written while training goes on, to the second at most; between a log line and the begin of its writing a kill may come too
+    writing = due and kept.is_dir() and due[1:] in ([], steps[-1:]) and ((kept / f".step_{due[0]:06d}").exists() or due == steps[-1:])
+    if not passed and not (out / "model").exists() and (not due or writing):
+        return ""
+    why = "; ".join(passed) or f"{kept} " + ("holds none" if kept.is_dir() else "is not there")
+    first, *others = [name for name in ("log.jsonl", "rollouts.jsonl", "checkpoints", "model") if (out / name).exists()]
+    return (f"{out} holds {len(steps)} steps and no whole checkpoint ({why}): choose another --out, or move {first} away" + f", with {', '.join(others)}" * bool(others))
+
+
+def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, model: str = "model") -> tuple[Path | None, list[str]]:
+    """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin,
+    which writes its model into the folder `model` of `out`. ValueError where `out` holds a run that is not to be resumed, one of other settings (but for the `free`
+    ones) or data, one whose checkpoints are gone, or anything that a new run would mix with or write over, such as --model itself. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
+    if (out / model).resolve() == Path(record["config"]["model"]).resolve():
+        raise ValueError(f"{out / model} is --model itself, which the run would write over: choose another --out")
     if not resume and (out / "log.jsonl").exists():
         raise ValueError(f"{out} already holds a run: choose another --out, or go on with --resume auto")
+    if (out / "log.jsonl").exists() and not (out / "run.json").exists():
+        raise ValueError(f"{out} holds log.jsonl and no run.json, the settings that its steps were made with: put it back, choose another --out, or move log.jsonl away")
+    others = [file for name in ("rollouts.jsonl", "checkpoints/step_*", "sft.json", "config.json", model) if name for file in out.glob(name)]
+    if others and not (resume and (out / "run.json").exists()):               # old checkpoints' higher numbers would win over the new ones
+        raise ValueError(f"{others[0]} is there already, of another run or a model: choose another --out, or move it away")
     before = read_record(out / "run.json", "config") if resume and (out / "run.json").exists() else {}
     if before and (why := changed(before, record, free)):
         raise ValueError(f"--resume: {why}")
     all_max(0)                                                # the first process writes run.json anew: not before all have read it
-    return newest_of_all(out / "checkpoints") if before else (None, [])
+    start, passed = newest_of_all(out / "checkpoints") if before else (None, [])
+    why = lost(out, before["config"].get("save_every", 0), passed) if before and not start and rank() == 0 else ""
+    if all_max(bool(why)):
+        raise ValueError(why or f"{out} holds no whole checkpoint: the first process says more")
+    return start, passed
 
 
 def cut_logs(out: Path, step: int) -> None:

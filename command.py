@@ -4,9 +4,10 @@
         with ending():
             main(parse_config())
 
-Errors that are nobody's input (a bug, a full GPU) keep their traceback. Left out on purpose: a registry of commands, colours, logging.
+Errors that are nobody's input (a bug, a full GPU) keep their traceback. And what commands share: flags with intervals, records, logs, the lock on what is written. Left out on purpose: a registry of commands, colours, logging.
 """
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -127,3 +128,32 @@ def folder(path: str | Path) -> Path:
     """Makes a folder for what a command writes, before the work is done whose results could then not be kept."""
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+@contextmanager
+def writing(path: str | Path, mine: bool = True) -> Iterator[Path]:
+    """Keeps other processes from writing `path` as well, a folder that is there, or a file that need not be: a lock on the folder itself, or on a file beside the
+    file that goes at the end; it dies with the process. ValueError where another process holds it. Without `mine` (processes after a run's first one) nothing is locked."""
+    path = Path(path)
+    place, how = (path, os.O_RDONLY) if path.is_dir() else (path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+    held = -1
+    while mine and held < 0:
+        folder(place.parent)
+        held = os.open(place, how, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise ValueError(f"another process is writing {path}: wait for it, or choose another --out") from None
+        except OSError as error:                              # some network file systems lock nothing, or no folder
+            print(f"{path}: cannot be locked ({error.strerror}): nothing keeps a second process from writing there", file=sys.stderr)
+        if not place.exists() or not os.path.samestat(os.stat(place), os.fstat(held)):          # the one before has just removed it: once more
+            os.close(held)
+            held = -1
+    try:
+        yield path
+    finally:
+        if mine:
+            if place != path:
+                place.unlink(missing_ok=True)
+            os.close(held)

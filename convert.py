@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=CONVERTERS, help="whose rows they are")
     parser.add_argument("--out", required=True, type=Path, help="JSONL to write")
     parser.add_argument("--input", help="a .json, .jsonl or .parquet file, or repository:config:split on the hub (default: the original)")
-    parser.add_argument("--limit", type=at_least(0), default=0, help="read so many rows, drawn at random, in their order, before any is skipped or excluded: fewer are written (0: all)")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="read so many rows, drawn at random, in their order, before any is skipped or excluded (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of --limit and of the order of GPQA's choices")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation problems (JSONL, converted already) to share no 13 words with")
     parser.add_argument("--skip_bad", action="store_true", help="list malformed rows (and lines of --exclude) instead of stopping at one")

@@ -31,7 +31,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from command import ConfigParser, ending, flag
+from command import ConfigParser, ending, flag, writing
 from data import Problem, append_jsonl, data_file, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
@@ -334,7 +334,8 @@ def annotate_main(argv: list[str]) -> None:
         check_out(out := Path(args.out or f"out/{Path(args.data).stem}.pairs.jsonl"), data_file(args.data))
         endpoint = Endpoint(args.url, args.model, args.max_new_tokens, args.concurrency, args.deadline, raise_when_down=True)
         try:
-            print(annotate(problems, endpoint, out, args.retry_rejected))
+            with writing(out):
+                print(annotate(problems, endpoint, out, args.retry_rejected))
         except KeyboardInterrupt:
             sys.exit("interrupted: the same command goes on where this one was")
         finally:                                         # an outage or Ctrl-C has cost something too

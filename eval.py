@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from command import ConfigParser, Parser, ending, flag, picture_file, read_record
+from command import ConfigParser, Parser, ending, flag, picture_file, read_record, writing
 from data import Problem, Tokenizer, append_jsonl, file_hash, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
@@ -255,7 +255,8 @@ def commands(argv: list[str]) -> None:
     curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
     args = parser.parse_args(argv)
     if args.command == "rescore":
-        rescore(args.file)
+        with writing(args.file):
+            rescore(args.file)
     elif args.command == "compare":
         compare(args.a, args.b, args.plot)
     elif args.command == "show":
@@ -272,7 +273,8 @@ def commands(argv: list[str]) -> None:
 def main(config: Config) -> None:
     slug = "_".join(part for part in Path(config.model).parts if part not in ("/", "..", "."))
     out = Path(config.out or f"out/eval/{slug}-{Path(config.data).stem}.jsonl")
-    rows, _, truth = sample_rows(config, out)
+    with writing(out):
+        rows, _, truth = sample_rows(config, out)
     print_table({Path(config.model).name: summary(rows)}, errors=True)
     print("length: median {:.0f}, 90 % below {:.0f}, longest {:.0f} tokens".format(*np.quantile([row["length"] for row in rows], [0.5, 0.9, 1.0])))
     if config.gsrm:

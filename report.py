@@ -177,13 +177,15 @@ FIELDS = ("id", "sample", "temperature", "correct", "structure", "true_structure
 
 
 def read_generations(path: str | Path) -> list[dict]:
-    """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one."""
+    """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one, or a sample that is there already."""
     if not Path(path).is_file():
         raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
-    rows = read_jsonl(path)
+    rows, seen = read_jsonl(path), {}
     for where, row in rows:
         if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
             raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")
+        if (before := seen.setdefault((what := f"problem {row['id']!r}, sample {row['sample']!r}", not row["temperature"]), where)) != where:
+            raise ValueError(f"{where}: {what} is in {before} already, and mean@k and pass@k would count it twice: take one of them out, or evaluate again with another --out")
     if not rows:
         raise ValueError(f"{path}: holds no generations")
     return [row for _, row in rows]

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 import plan
 from checkpoint import FREE, Checkpoints, load_checkpoint, start_folder
-from command import ConfigParser, ending, flag, folder
+from command import ConfigParser, ending, flag, folder, writing
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
@@ -310,33 +310,33 @@ def main(config: Config) -> None:
         here, positions = config.data and Path(config.model).is_dir(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
         lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model), positions)] if here else []
         return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
-    out = Path(config.out)
-    there = [name for name in ("config.json", "run.json", "sft.json") if (out / name).exists()]
-    if there and not (config.resume and "run.json" in there and "sft.json" not in there):
-        raise ValueError(f"{out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * ("run.json" in there and "sft.json" not in there))
+    there = [name for name in ("config.json", "run.json", "sft.json") if (Path(config.out) / name).exists()]
+    if there and not ((half := "run.json" in there and "sft.json" not in there) and config.resume):
+        raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * half)
     record = run_record(config, files, load_tokenizer(config.model))
-    start, passed = start_folder(out, record, config.resume, FREE - {"keep"})          # of train.py a number; here it says which weights are the model
-    torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model, config.device)
-    check_head(model)
-    positions = getattr(model.config, "max_position_embeddings", 1 << 30)
-    examples = load_examples(config, tokenizer, config.data, "train", positions)
-    held = load_examples(config, tokenizer, config.eval_data, "test", positions) if config.eval_data else []
-    if held and held[0].kind != examples[0].kind:
-        raise ValueError(f"--data {config.data} holds {examples[0].kind}, --eval_data {config.eval_data} {held[0].kind}: give held-out data of the same kind")
-    examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
-    if config.dtype != "float32" or config.offload or world() > 1:
-        shard(model, config.dtype, config.offload)
-    if rank() == 0:
-        tell("checkpoints passed over", passed)
-        (folder(out) / "run.json").write_text(json.dumps(record, indent=1))
-    table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
-    if rank() == 0:
-        if not any(out.glob("*.safetensors")):
-            raise FileNotFoundError(f"{out} has lost the weights of --keep {config.keep}: export the newest of its checkpoints/ with checkpoint.py, or choose another --out")
-        (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
-        shutil.rmtree(out / "checkpoints")
-        print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")
+    with writing(folder(config.out), rank() == 0) as out:
+        start, passed = start_folder(out, record, config.resume, FREE - {"keep"}, "")      # of train.py a number; here it says which weights are the model
+        torch.manual_seed(config.seed)
+        model, tokenizer = load_model(config.model, config.device)
+        check_head(model)
+        positions = getattr(model.config, "max_position_embeddings", 1 << 30)
+        examples = load_examples(config, tokenizer, config.data, "train", positions)
+        held = load_examples(config, tokenizer, config.eval_data, "test", positions) if config.eval_data else []
+        if held and held[0].kind != examples[0].kind:
+            raise ValueError(f"--data {config.data} holds {examples[0].kind}, --eval_data {config.eval_data} {held[0].kind}: give held-out data of the same kind")
+        examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
+        if config.dtype != "float32" or config.offload or world() > 1:
+            shard(model, config.dtype, config.offload)
+        if rank() == 0:
+            tell("checkpoints passed over", passed)
+            (out / "run.json").write_text(json.dumps(record, indent=1))
+        table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
+        if rank() == 0:
+            if not any(out.glob("*.safetensors")):
+                raise FileNotFoundError(f"{out} has lost the weights of --keep {config.keep}: export the newest of its checkpoints/ with checkpoint.py, or choose another --out")
+            (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
+            shutil.rmtree(out / "checkpoints")
+            print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")
 
 
 if __name__ == "__main__":

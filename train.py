@@ -35,7 +35,7 @@ import plan
 import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
-from command import ConfigParser, ending, flag, folder
+from command import ConfigParser, ending, flag, folder, writing
 from data import Problem, Tokenizer, append_jsonl, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
@@ -306,37 +306,37 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 def main(config: Config) -> None:
     if config.dry_run:
         return plan.show(config, checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
-    out, say = Path(config.out), print if rank() == 0 else (lambda *_, **__: None)
+    say = print if rank() == 0 else (lambda *_, **__: None)
     record = run_record(config, data_files(config)[:1 + bool(config.eval_problems)], load_tokenizer(config.model))
-    start, passed = start_folder(out, record, config.resume)
-    for why in passed:
-        say(f"passed over {why}", flush=True)
-    folder(out)
-    say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
-    say(f"{config.problems_per_step} x {config.group_size} = {config.problems_per_step * config.group_size} rollouts a step, {config.steps} steps, {world()} processes", flush=True)
-    run = set_up(config, out)
-    plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
-    checkpoints = Checkpoints(out / "checkpoints", config.keep)
-    state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
-    if rank() == 0:
-        if config.resume:
-            cut_logs(out, state["step"])
-        (out / "run.json").write_text(json.dumps(record, indent=1))
-    total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
-    say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total) + f", going on from {start}" * bool(start), flush=True)
-    if state["step"] == 0 and run.held_out:
-        say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
-        say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)
-    train_on(run, state, out, checkpoints)
-    checkpoints.wait()
-    whole = parallel.whole_state(run.model)
-    if rank() == 0:
-        (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
-        plots.plot([str(out)], out / "curve.png")
-    if run.held_out:
-        measure(run, out / "eval_after.jsonl")
-    if rank() == 0:
-        report.print_end(out)
+    with writing(folder(config.out), rank() == 0) as out:
+        start, passed = start_folder(out, record, config.resume)
+        say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
+        say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
+        say(f"{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
+        run = set_up(config, out)
+        plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
+        checkpoints = Checkpoints(out / "checkpoints", config.keep)
+        state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
+        if rank() == 0:
+            if config.resume:
+                cut_logs(out, state["step"])
+            (out / "run.json").write_text(json.dumps(record, indent=1))
+        total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
+        say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)
+            + f", going on from {start}" * bool(start), flush=True)
+        if state["step"] == 0 and run.held_out:
+            say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
+            say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)
+        train_on(run, state, out, checkpoints)
+        checkpoints.wait()
+        whole = parallel.whole_state(run.model)
+        if rank() == 0:
+            (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
+            plots.plot([str(out)], out / "curve.png")
+        if run.held_out:
+            measure(run, out / "eval_after.jsonl")
+        if rank() == 0:
+            report.print_end(out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from test_train import ROOT, config, data, lines, weights  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from checkpoint import FREE, Checkpoints, changed, cut_logs, damage, load_checkpoint, newest, spare
+from checkpoint import FREE, Checkpoints, changed, cut_logs, damage, load_checkpoint, lost, newest, spare
 from data import load_model
 
 
@@ -204,6 +205,69 @@ def test_a_broken_line_of_a_log_is_named_and_the_log_left_as_it_is(tmp_path, nam
     with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}:2: expected the log line of a training step"):
         cut_logs(tmp_path, 3)
     assert (tmp_path / name).read_bytes() == whole
+
+
+GONE = {   # what is done to a run of 8 steps with a checkpoint every two -> what is said
+    "checkpoints missing": (lambda out: shutil.rmtree(out / "checkpoints"), r"8 steps and no whole checkpoint \(\S*checkpoints is not there\): .*, or move log.jsonl away"),
+    "checkpoints moved": (lambda out: [shutil.rmtree(path) for path in (out / "checkpoints").iterdir()], r"8 steps and no whole checkpoint \(\S*checkpoints holds none\)"),
+    "all damaged": (lambda out: [spoil(path, "changed") for path in (out / "checkpoints").iterdir()],
+                    r"8 steps and no whole checkpoint \(.*step_000008: \S+ was changed;.*step_000002: .*move log.jsonl away, with rollouts.jsonl, checkpoints, model$"),
+    "no run.json": (lambda out: (out / "run.json").unlink(), r"holds log.jsonl and no run.json, .* or move log.jsonl away"),
+}
+
+
+@pytest.mark.parametrize("how", GONE)
+def test_a_run_whose_checkpoints_are_gone_is_not_overwritten(data, straight, tmp_path, how):  # noqa: F811
+    out = copy(straight, tmp_path / "out")
+    GONE[how][0](out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=GONE[how][1]):
+        train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} and len(lines(out)) == 8
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "checkpoints/step_000100/state.json", "sft.json", "config.json", "model/config.json"])
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")])
+def test_a_new_run_does_not_mix_with_what_is_there(data, tmp_path, name, resume):  # noqa: F811
+    """The record run.json is not there, so that --resume auto begins a new one too."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"{Path(*Path(name).parts[:-1] or [name])} is there already, of another run or a model: choose another --out, or move it away"):
+        train.main(config(data, tmp_path, "--steps", "1", *resume))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path(name)] and (tmp_path / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")])
+def test_a_run_does_not_write_over_its_own_start(data, straight, tmp_path, resume):  # noqa: F811
+    """Also not by another name, and where the log is that of a run that began from it."""
+    (tmp_path / "out").mkdir()
+    copy(straight / "model", tmp_path / "out/model")
+    (tmp_path / "alias").symlink_to(tmp_path / "out/model")
+    if resume:
+        record = json.loads((straight / "run.json").read_text())
+        (tmp_path / "out/run.json").write_text(json.dumps(record | {"config": record["config"] | {"model": f"{tmp_path}/alias"}}))
+    with pytest.raises(ValueError, match="out/model is --model itself, which the run would write over: choose another --out"):
+        train.main(config(data, tmp_path / "out", "--model", f"{tmp_path}/alias", "--steps", "8", "--save_every", "2", "--keep", "4", *resume))
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(tmp_path / "out").values()))
+
+
+@pytest.mark.parametrize("last, every, there, starts", [
+    (0, 2, [], True), (1, 2, [], True), (5, 0, [], True),                  # killed before the first was due
+    (2, 2, [], True), (3, 2, [".step_000002"], True), (4, 2, [".step_000002"], True),         # while it was written, which goes on to the second
+    (3, 2, [], False), (5, 2, [".step_000002"], False), (3, 2, [".step_000004"], False), (2, 2, None, False),
+    (1, 2, ["step_000001"], False), (5, 0, ["step_000005"], False), (0, 2, ["../model"], False), (5, 0, ["../model"], False),
+])
+def test_a_run_starts_over_only_where_its_first_checkpoint_cannot_be_whole_yet(tmp_path, last, every, there, starts):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step, "nonfinite": 0}) + "\n" for step in range(1, last + 1)) + '{"step": 9')
+    for name in ["", *there] if there is not None else ():
+        (tmp_path / "checkpoints" / name).mkdir()
+    why = lost(tmp_path, every, newest(tmp_path / "checkpoints")[1])
+    assert (why == "") == starts and (starts or f"holds {last} steps and no whole checkpoint (" in why)
+
+
+def test_a_step_that_was_not_finite_has_no_checkpoint(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step, "nonfinite": int(step == 2)}) + "\n" for step in (1, 2, 3)))
+    assert lost(tmp_path, 2, []) == "" != lost(tmp_path, 1, [])
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):

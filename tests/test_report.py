@@ -193,6 +193,17 @@ def test_what_is_no_file_of_generations_is_named(tmp_path):
         with pytest.raises(ValueError, match=words):
             report.read_generations(tmp_path / name)
 
+
+@pytest.mark.parametrize("twice, first, again", [
+    (row("q", False), 2, 5), (row("q", True, temperature=0.6), 2, 5), (row("q", True, temperature=0), 4, 5), (row("q", True, sample=1), 3, 5)])
+def test_a_sample_that_is_there_twice_is_named(tmp_path, twice, first, again):
+    """Greedy and sampled ones of a problem, which train.py keeps in one file, are two; a temperature that differs makes no other sample."""
+    rows = [row("p", True), row("q", True), row("q", False, sample=1), row("q", True, temperature=0.0)]
+    assert report.read_generations(store(tmp_path / "rows.jsonl", rows)) == rows
+    store(tmp_path / "rows.jsonl", [*rows, twice])
+    with pytest.raises(ValueError, match=rf"rows.jsonl:{again}: problem 'q', sample {twice['sample']} is in \S*rows.jsonl:{first} already"):
+        report.read_generations(tmp_path / "rows.jsonl")
+
 # ------------------------------------------------------------------------------------------------ single completions
 
 def test_show_says_what_was_lost_and_keeps_escapes_off_the_terminal():
