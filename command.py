@@ -4,7 +4,8 @@
         with ending():
             main(parse_config())
 
-Errors that are nobody's input (a bug, a full GPU) keep their traceback. And what commands share: flags with intervals, records, logs, the lock on what is written. Left out on purpose: a registry of commands, colours, logging.
+Errors that are nobody's input (a bug, a full GPU) keep their traceback. Beside it, what commands share: flags with intervals, records,
+logs, the lock on what is written. Left out on purpose: a registry of commands, colours, logging.
 """
 import argparse
 import fcntl

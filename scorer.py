@@ -31,7 +31,7 @@ def traced(name: str) -> Iterator[None]:
     """Errors of a function of one's own keep their traceback: a ValueError of it is no bad input, which ends a command with one line."""
     try:
         yield
-    except Exception as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:              # those that command.ending takes for bad input
         raise RuntimeError(f"{name} has failed with {type(error).__name__}: {error}") from error
 
 
