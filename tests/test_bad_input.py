@@ -179,7 +179,7 @@ BAD = [   # command line, what its one line has to say
     (f"checkpoint.py {STEP} --out {{w}}/kept.jsonl/x", "kept.jsonl/x: Not a directory: choose another path"),
     # ---- study.py
     ("study.py report --results {w}/nowhere.jsonl", "run the study first"),
-    ("study.py report --results {w}/study.jsonl", "study.jsonl:1: no line of a study, it has no 'greedy'"),
+    ("study.py report --results {w}/study.jsonl", "study.jsonl:1: no line of a study, it has no 'sampled'"),
     (STUDY + "--arms ppo", "invalid choice: 'ppo'"),
     (STUDY + "--jobs 0", "--jobs: '0' is not a whole number of 1 or more"),
     (STUDY + "--results {w}/broken.jsonl", "broken.jsonl:2: not valid JSON"),
