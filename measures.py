@@ -25,8 +25,8 @@ SETS = {"test": 12, "larger": 13, "other": 15}            # held-out sets by the
 def world(problem: str) -> tuple[str, dict[str, tuple[tuple[str, ...], int]]]:
     """Who is asked for; and of everybody whose numbers theirs adds up (nobody's: it is given), and their number."""
     target = re.search(r"How many has (\w+)|(\w+) has how many", problem)
-    parts = {x: (a, b) if a else () for x, a, b, _ in re.findall(FACT, problem)}
-    given = {x: int(v) for x, _, _, v in re.findall(FACT, problem) if v}
+    facts = re.findall(FACT, problem)
+    parts, given = {x: (a, b) if a else () for x, a, b, _ in facts}, {x: int(v) for x, _, _, v in facts if v}
     value = lambda x: given[x] if x in given else sum(map(value, parts[x])) % MOD
     return target[1] or target[2], {x: (of, value(x)) for x, of in parts.items()}
 

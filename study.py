@@ -157,15 +157,15 @@ def replace(path: Path, new: list[dict]) -> None:
 
 def measure_again(results: Path, root: Path) -> None:
     """Measures once more where a run's samples are still there, which are known by their accuracies; what came of its training stays."""
-    new = []
-    for row in read_results(results):
+    new, rows = [], read_results(results)
+    for row in rows:
         out = place(root, row["regime"], row["arm"], row["seed"])
         if all((out / f"{name}.jsonl").exists() for name in EVALS):
             found = measured(out)
             if all(found[name] == row[name] for name in ("sampled", "greedy", "larger", "other", "length")):
                 new.append(row | found)
     replace(results, new)
-    print(f"measured {len(new)} of {len(read_results(results))} lines again; the samples of the others are no longer in {root}")
+    print(f"measured {len(new)} of {len(rows)} lines again; the samples of the others are no longer in {root}")
 
 
 def order(row: dict) -> tuple[int, int, int]:
