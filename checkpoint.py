@@ -58,6 +58,8 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None            # the writer's own: it talks while training does
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            for half in folder.glob(".step_*"):               # of a kill in the midst of writing; its number may never come again
+                shutil.rmtree(half, ignore_errors=True)
 
     def save(self, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, step: int, **notes: float) -> None:
         """Starts writing a checkpoint, and returns; `notes` (JSON) go beside the step into state.json. Raises what became of the one before."""
@@ -86,7 +88,7 @@ class Checkpoints:
             final = aside.with_name(aside.name[1:])
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-            for old in spare(self.folder, self.keep):
+            for old in spare(self.folder, self.keep, final):
                 shutil.rmtree(old)
 
     def wait(self, seconds: float | None = None) -> None:
@@ -99,8 +101,9 @@ class Checkpoints:
                 raise OSError(f"checkpoint: {error}; earlier ones in {self.folder} are untouched: make room, then go on with --resume auto") from None
 
 
-def spare(folder: Path, keep: int) -> list[Path]:
-    """Checkpoints that may go: all but the last `keep` and, of those before, the one with the best reward. One whose reward cannot be read has none."""
+def spare(folder: Path, keep: int, last: Path) -> list[Path]:
+    """Checkpoints that may go now that `last` is written: all but the last `keep` and, of those before, the one with the best reward. One whose reward cannot be read has
+    none. Those after `last` do not count: they were passed over as damaged, or it would not have been written."""
     def reward(path: Path) -> float:
         try:                                                  # not there: a kill came while it was being removed; unreadable: damaged since, and none to go on from
             found = json.loads((path / "state.json").read_text()).get("reward")
@@ -108,7 +111,7 @@ def spare(folder: Path, keep: int) -> list[Path]:
             return -math.inf
         return found if isinstance(found, (int, float)) else -math.inf
 
-    older = sorted(folder.glob("step_*"))[:-keep]
+    older = sorted(path for path in folder.glob("step_*") if path <= last)[:-keep]
     rewards = {path: reward(path) for path in older}
     best = max((path for path in older if rewards[path] > -math.inf), key=lambda path: (rewards[path], path.name), default=None)
     return [path for path in older if path != best]
@@ -119,10 +122,10 @@ def damage(checkpoint: Path) -> str:
     try:
         wanted = json.loads((checkpoint / "manifest.json").read_text())
         found = {name: size for name, (size, _) in wanted.items() if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size}
-        if found:
-            return f"{next(iter(found))} is missing or cut short"
+        if found or not wanted:
+            return f"{next(iter(found), 'all that it is made of')} is missing or cut short"
         return next((f"{name} was changed" for name, entry in manifest(checkpoint).items() if name in wanted and entry != wanted[name]), "")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"manifest.json cannot be read ({error})"
 
 

@@ -113,6 +113,13 @@ def read_record(path: Path, *names: str) -> dict:
     return record
 
 
+def write_record(path: Path, record: dict) -> None:
+    """Writes it aside and renames it: a kill or a full disk leaves the old one, without which nothing can be resumed."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    aside.replace(path)
+
+
 def log_lines(file: Path) -> Iterator[tuple[bytes, dict]]:
     """(line, its JSON object) of a run's log. A last line without its end, torn by a kill or just being written, is left out; ValueError names any other that is no step's."""
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):

@@ -256,7 +256,10 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """The inverse of load_model: a Hugging Face checkpoint folder. `state`: the whole tensors, where the model itself has only shards."""
-    model.save_pretrained(path, state_dict=state)
+    try:
+        model.save_pretrained(path, state_dict=state)
+    except SafetensorError as error:                     # a full disk: no OSError
+        raise OSError(f"{path}: the model could not be written ({error}): make room") from None
     tokenizer.save_pretrained(str(path))
 
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 import plan
 from checkpoint import FREE, Checkpoints, load_checkpoint, start_folder
-from command import ConfigParser, ending, flag, folder, writing
+from command import ConfigParser, ending, flag, folder, write_record, writing
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
@@ -329,7 +329,7 @@ def main(config: Config) -> None:
             shard(model, config.dtype, config.offload)
         if rank() == 0:
             tell("checkpoints passed over", passed)
-            (out / "run.json").write_text(json.dumps(record, indent=1))
+            write_record(out / "run.json", record)
         table = learn(config, model, tokenizer, [e.pair for e in examples], [e.pair for e in held], out, start)
         if rank() == 0:
             if not any(out.glob("*.safetensors")):

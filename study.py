@@ -26,7 +26,7 @@ from threading import Lock
 from tqdm import tqdm
 
 import evidence
-from command import Parser, at_least, ending, folder
+from command import Parser, at_least, ending, folder, writing
 from data import read_jsonl, write_jsonl
 from measures import SETS, measured, rounded, training
 from watch import machine
@@ -215,7 +215,8 @@ def main() -> None:
         parser.set_defaults(**QUICK)                                                # which flags beside it still change
     args = parser.parse_args()
     if args.command == "run":
-        go_on(args)
+        with writing(args.results), writing(folder(args.out)):
+            go_on(args)
     if args.command == "measure" and args.results.exists():
         measure_again(args.results, args.out)
     if not args.results.exists() or not (rows := read_results(args.results)):

@@ -15,7 +15,6 @@ A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a ste
 (settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
 """
 import importlib.util
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ import plan
 import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
-from command import ConfigParser, ending, flag, folder, writing
+from command import ConfigParser, ending, flag, folder, write_record, writing
 from data import Problem, Tokenizer, append_jsonl, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
@@ -291,7 +290,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                         print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
                 if saved := bool(verdict) or idle == config.max_faults or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
                     save()
-                checkpoints.wait(0)
+                checkpoints.wait(0 if done < config.steps else None)               # of the last step while signals are still noted
                 leave()
                 if idle == config.max_faults:
                     checkpoints.wait()
@@ -320,7 +319,7 @@ def main(config: Config) -> None:
         if rank() == 0:
             if config.resume:
                 cut_logs(out, state["step"])
-            (out / "run.json").write_text(json.dumps(record, indent=1))
+            write_record(out / "run.json", record)
         total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
         say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)
             + f", going on from {start}" * bool(start), flush=True)

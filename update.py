@@ -107,7 +107,8 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
     used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
-    total, sums = 0.0, {"entropy": float(rollout.entropy[used].sum())} | ({"teacher_kl": 0.0} if teacher else {})
+    total = 0.0 if rollout.logp.isfinite().all() else math.nan                          # a broken student's groups may be spread-less: no loss below would tell
+    sums = {"entropy": float(rollout.entropy[used].sum())} | ({"teacher_kl": 0.0} if teacher else {})
 
     def tally(part: dict[str, torch.Tensor]) -> None:
         for name, value in part.items():

@@ -16,9 +16,11 @@ import torch.distributed.checkpoint as dcp
 from test_train import ROOT, config, data, lines, weights  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import checkpoint
 import train
 from checkpoint import FREE, Checkpoints, changed, cut_logs, damage, load_checkpoint, lost, newest, spare
-from data import load_model
+from data import load_model, save_model
+from watch import Leave
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,7 +159,27 @@ def test_a_checkpoint_whose_reward_cannot_be_read_has_none(tmp_path, broken):
     for step, note in ((1, broken), (2, '{"reward": -0.5}'), (3, '{"reward": -0.7}'), (4, '{"reward": 9}')):
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "state.json").write_bytes(note.encode() if isinstance(note, str) else note)
-    assert [p.name for p in spare(tmp_path, 1)] == ["step_000001", "step_000003"] and [p.name for p in spare(tmp_path, 3)] == ["step_000001"]
+        last = tmp_path / "step_000004"
+    assert [p.name for p in spare(tmp_path, 1, last)] == ["step_000001", "step_000003"] and [p.name for p in spare(tmp_path, 3, last)] == ["step_000001"]
+
+
+def test_damaged_ones_of_higher_numbers_do_not_push_out_the_new_one(small, tmp_path):
+    """A run that went on from before them, and was asked to leave before it had passed them."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, reward in ((50, 0.9), (100, 0.5)):
+        checkpoints.save(*small, step, reward=reward)
+        checkpoints.wait()
+    spoil(tmp_path / "step_000100", "changed")
+    checkpoints.save(*small, 75, reward=0.4)
+    checkpoints.wait()
+    assert newest(tmp_path)[0].name == "step_000075" and sorted(p.name for p in tmp_path.iterdir()) == ["step_000050", "step_000075", "step_000100"]
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_start(tmp_path):
+    (tmp_path / ".step_000063").mkdir(parents=True)
+    (tmp_path / ".step_000063/part.safetensors").write_bytes(b"0" * 9)
+    Checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def spoil(checkpoint, how):
@@ -171,11 +193,11 @@ def spoil(checkpoint, how):
     elif how == "missing":
         file.unlink()
     else:
-        (checkpoint / "manifest.json").write_text("{" if how == "no manifest" else "[]")
+        (checkpoint / "manifest.json").write_text({"no manifest": "{", "odd manifest": "[]", "odd entry": '{"state.json": 1}', "empty manifest": "{}"}[how])
 
 
 @pytest.mark.parametrize("how, says", [("cut", "cut short"), ("missing", "is missing"), ("changed", "was changed"),
-                                       ("no manifest", "manifest.json"), ("odd manifest", "manifest.json")])
+                                       ("no manifest", "manifest.json"), ("odd manifest", "manifest.json"), ("odd entry", "manifest.json"), ("empty manifest", "all that")])
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(data, straight, tmp_path, capsys, how, says):  # noqa: F811
     out = copy(straight, tmp_path / "out")
     for step in (8, 6):
@@ -287,6 +309,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):
     checkpoints.save(*small, 3)                                            # there is room again
     checkpoints.wait()
     assert newest(tmp_path)[0].name == "step_000003"
+
+
+def test_a_full_disk_at_the_end_is_said_in_one_line(small, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/model: the model could not be written .*: make room"):
+            save_model(small[0], small[1], tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_checkpoint_of_another_model_is_refused(small, tmp_path):
@@ -408,6 +440,21 @@ def test_a_signal_saves_before_leaving(data, straight, tmp_path, number):  # noq
     assert damage(kept) == "" and int(kept.name[5:]) == len(lines(out)) >= 2
     train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
     same_run(straight, out)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(data, tmp_path, monkeypatch):  # noqa: F811
+    def slow(folder, real=checkpoint.manifest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return real(folder)
+    monkeypatch.setattr(checkpoint, "manifest", slow)
+    flags = ("--steps", "2", "--save_every", "0", "--resume", "auto")
+    with pytest.raises(Leave, match="SIGTERM: stopped after step 2; go on with --resume auto"):
+        train.main(config(data, tmp_path, *flags))
+    monkeypatch.undo()
+    assert newest(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step_000002", []) and not (tmp_path / "model").exists()
+    train.main(config(data, tmp_path, *flags))
+    assert len(lines(tmp_path)) == 2 and weights(tmp_path)
 
 
 def test_threads_of_a_finished_run_do_not_keep_the_process(small, tmp_path):

@@ -1,6 +1,7 @@
 """One writer at a time: a second process with the same --out ends with one line, the first goes on, and nothing is left beside what it wrote."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from test_bad_input import ROOT, command
 
-from command import writing
+from command import read_record, write_record, writing
 from data import write_jsonl
 from toy import make_problems
 
@@ -47,6 +48,21 @@ def test_one_process_writes_at_a_time(tmp_path, kind):
         assert same == path and sorted(tmp_path.iterdir()) == before
 
 
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    """The system refuses files of more than 100 bytes, as a full disk would."""
+    write_record(tmp_path / "run.json", {"steps": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError):
+            write_record(tmp_path / "run.json", {"steps": 2, "data": "x" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_record(tmp_path / "run.json") == {"steps": 1}
+    write_record(tmp_path / "run.json", {"steps": 2, "data": "x" * 200})
+    assert read_record(tmp_path / "run.json", "data")["steps"] == 2 and [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_a_lock_on_a_file_that_its_owner_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
     import fcntl
     place, real, calls = tmp_path / ".rows.lock", fcntl.flock, []
@@ -75,6 +91,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     ("sft.py --model toy/student --data {w}/train.jsonl --out {w}/out", "out/"),
     ("eval.py --model toy/student --data {w}/train.jsonl --limit 1 --k 1 --max_new_tokens 4 --out {w}/rows.jsonl", "rows.jsonl"),
     ("eval.py rescore {w}/rows.jsonl", "rows.jsonl"),
+    ("study.py --arms base --seeds 0 --regimes sparse --results {w}/study.jsonl --out {w}/out", "out/"),
+    ("study.py --arms base --seeds 0 --regimes sparse --results {w}/study.jsonl --out {w}/out", "study.jsonl"),
     ("gsrm.py annotate {w}/train.jsonl --url http://127.0.0.1:9/v1 --model m --out {w}/pairs.jsonl", "pairs.jsonl"),
 ], ids=lambda text: text.split(" --")[0])
 def test_a_second_command_with_the_same_out_is_refused(tmp_path, monkeypatch, line, out):

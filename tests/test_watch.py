@@ -105,6 +105,20 @@ def test_faults_in_a_row_roll_back_once_then_end_the_run(data, tmp_path, spoil, 
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), four.parameters()))               # what was gone back to
 
 
+def test_a_broken_student_is_found_though_no_loss_is_taken(data, tmp_path, spoil, monkeypatch):  # noqa: F811
+    """It samples the same token everywhere, so that no group has a spread, and without the KL nothing is left to compute."""
+    counted = train.update
+
+    def breaks(model, *rest):
+        metrics = counted(model, *rest)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return metrics
+    monkeypatch.setattr(train, "update", breaks)
+    with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite"):
+        train.main(config(data, tmp_path, "--steps", "4", "--max_faults", "2", "--beta", "0"))
+    assert [row["nonfinite"] for row in lines(tmp_path)] == [0, 1, 1]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(data, tmp_path, spoil):  # noqa: F811
     spoil |= {1, 2}
     with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite: lower --lr"):
