@@ -216,14 +216,19 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
         raise ValueError(f"--resume: {why}")
     all_max(0)                                                # the first process writes run.json anew: not before all have read it
     start, passed = newest_of_all(out / "checkpoints") if before else (None, [])
+    if start and int(start.name[5:]) > record["config"].get("steps", math.inf):
+        raise ValueError(f"--steps {record['config']['steps']}: {start} has gone further already: ask for more, or export one of its checkpoints (python checkpoint.py --help)")
     why = lost(out, before["config"].get("save_every", 0), passed) if before and not start and rank() == 0 else ""
     if all_max(bool(why)):
         raise ValueError(why or f"{out} holds no whole checkpoint: the first process says more")
     return start, passed
 
 
-def cut_logs(out: Path, step: int) -> None:
-    """Cuts off the log lines after `step`, so that a run that goes on from there doubles none; ValueError names a broken line by file and number."""
+def cut_logs(out: Path, step: int, steps: int = 0) -> None:
+    """Cuts off the log lines after `step`, so that a run that goes on from there doubles none; if it has `steps` to go to, the evaluation at its end goes too, which was
+    of a student that trains on. ValueError names a broken line by file and number."""
+    if step < steps:
+        (out / "eval_after.jsonl").unlink(missing_ok=True)
     for name in ("log.jsonl", "rollouts.jsonl"):
         if (out / name).exists():
             lines = [line for line, row in log_lines(out / name) if row["step"] <= step]                # a last line torn, perhaps in a character, goes too

@@ -279,8 +279,9 @@ def main(config: Config) -> None:
     print("length: median {:.0f}, 90 % below {:.0f}, longest {:.0f} tokens".format(*np.quantile([row["length"] for row in rows], [0.5, 0.9, 1.0])))
     if config.gsrm:
         print_structure(rows)
-    if config.gsrm and truth:
-        print(f"r(structure, true_structure) = {correlation(rows):.3f}")
+        print(f"r(structure, true_structure) = {correlation(rows):.3f}\n" * bool(truth), end="")
+    else:
+        print("structure: not read; --gsrm toy/gsrm --truth toy:read, for one, reports it")
     print(f"generations in {out}")
 
 

@@ -42,7 +42,9 @@ SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may h
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
 UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " ",
-                         "\u00a0": " ", "\u202f": " "})
+                         "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}"}
+                        | {0xff01 + i: chr(0x21 + i) for i in range(94)} | {c: None for c in (0x200b, 0x200c, 0x200d, 0x2060, 0xfeff)}
+                        | {0x2070 + i: f"^{i}" for i in (0, *range(4, 10))})
 
 
 def final_answer(text: str) -> str | None:

@@ -128,8 +128,8 @@ def policy_terms(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tenso
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     if level == "sequence":
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
-    ratio = log_ratio.exp()
     adv = torch.where(mask, _per_token("advantages", advantages, logp), 0.0)
+    ratio = torch.where(adv < 0, log_ratio, log_ratio.clamp(max=80.0)).exp()      # clipped there anyway; exp would overflow, and 0 * inf is NaN
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
 
 

@@ -176,7 +176,7 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: b
     scale = {k: w.size if normalize else 1 for k, w in walks.items()}
     values = {k: sum(w.credits) / scale[k] for k, w in walks.items()}
     top = max(walks, key=lambda k: (values[k], walks[k].followed), default=None)
-    if not walks or outage and not (normalize and values[top] == 1):       # scored by the other traces alone, who follows that one would be punished for the outage
+    if not walks or outage and student and not (normalize and values[top] == 1):        # scored by the others alone, who follows that one would be punished for the outage
         return Score(None, structure=student, reason="a teacher trace could not be asked" if outage else "no teacher steps")
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")

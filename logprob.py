@@ -319,7 +319,7 @@ def linear_policy_loss_reference(hidden: Tensor, weight: Tensor, targets: Tensor
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     x, W, losses, logps = hidden.detach().float() / temperature, weight.detach().float(), [], []
     dX, dW = (torch.zeros_like(t) if need else None for t, need in zip((x, W), needs, strict=True))
-    for start in range(0, len(x), step := min(chunk, max(1, CPU_ELEMENTS // len(W)))):
+    for start in range(0, max(1, len(x)), step := min(chunk, max(1, CPU_ELEMENTS // len(W)))):      # no rows: one empty chunk
         rows = slice(start, min(start + step, len(x)))
         lp, y = torch.log_softmax(x[rows] @ W.T, -1), targets[rows, None]           # (n, V)
         logps.append(lp.gather(1, y)[:, 0])

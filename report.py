@@ -263,8 +263,7 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
     if picture and not curves:
         raise ValueError("--plot: pass@k curves need several samples per problem (--k)")
     if curves:
-        picture = picture or Path(second).with_name(f"{Path(first).stem}-{Path(second).stem}.png")
-        pass_curves(dict(zip(labels, tables)), picture)
+        pass_curves(dict(zip(labels, tables)), picture := picture or Path(second).with_name(f"{Path(first).stem}-{Path(second).stem}.png"))
         print(f"wrote {picture}")
     return differences
 
@@ -278,8 +277,7 @@ def show(row: dict, color: bool = False) -> str:
     Control characters in a model's text do not reach the terminal."""
     plain = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
     rewards = row.get("rewards") or {"structure": row.get("structure")}
-    where = [f"step {row['step']}"] if "step" in row else []
-    lines = [plain(" ".join([*where, f"problem {row['id']}", f"sample {row['sample']}", ""]))] if "sample" in row else []
+    lines = [plain(f"step {row.get('step')} " * ("step" in row) + f"problem {row['id']} sample {row['sample']} ")] if "sample" in row else []
     lines += [plain(row["problem"]), "", ] if "problem" in row else []
     lines += [plain(row["text"].strip()), ""]
     for i, (meta, query, answer, earned) in enumerate(row["steps"] or []):
@@ -334,16 +332,18 @@ def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int 
 
 def print_end(out: Path) -> None:
     """The table before -> after of a finished run, one rollout with its steps marked, and the files it wrote."""
-    if (out / "eval_after.jsonl").exists():
-        columns = {}
-        for when in ("before", "after"):
-            rows = [row for _, row in read_jsonl(out / f"eval_{when}.jsonl")] if (out / f"eval_{when}.jsonl").exists() else []
-            sampled, greedy = [r for r in rows if r["temperature"]], [r for r in rows if not r["temperature"]]
-            if rows:
-                figures = {"accuracy sampled" if m.startswith("mean@") else m: v for m, v in summary(sampled).items() if m != "pass@1" and not m.startswith("maj@")}
-                columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | figures
-                columns[when] |= {"r(structure, true_structure)": Interval(*(correlation(sampled),) * 3)} if "true_structure" in columns[when] else {}
+    sides = {when: [row for _, row in read_jsonl(file)] for when in ("before", "after") if (file := out / f"eval_{when}.jsonl").exists()}
+    key, columns = (lambda r: (r["id"], r["sample"], r["temperature"])), {}
+    both = set.intersection(*({key(r) for r in rows} for rows in sides.values())) if "after" in sides else set()           # a resume may have changed --eval_problems
+    if both:
+        for when, rows in sides.items():
+            sampled, greedy = ([r for r in rows if key(r) in both and bool(r["temperature"]) == warm] for warm in (True, False))
+            figures = {"accuracy sampled" if m.startswith("mean@") else m: v for m, v in summary(sampled).items() if m != "pass@1" and not m.startswith("maj@")}
+            columns[when] = {"accuracy greedy": summary(greedy)["mean@1"]} | figures
+            columns[when] |= {"r(structure, true_structure)": Interval(*(correlation(sampled),) * 3)} if "true_structure" in columns[when] else {}
         print("\nheld-out problems, mean and 95 % interval (problems as clusters)")
+        if any(len(rows) > len(both) for rows in sides.values()):
+            print(f"(of the {len(both)} completions, greedy ones too, that were made both before and after: --eval_problems or --eval_k was another one then)")
         print_table(columns)
         shown = max(sampled, key=lambda r: (bool(r["correct"]), -abs((r["structure"] or 0) - 0.7)))           # right, and on the branch for most of its way: both marks to be seen
         print(f"\none rollout after training, its steps as GSRM reads them (+ follows the teacher, ~ half right, x off the branch)\n{show(shown)}")

@@ -318,7 +318,7 @@ def main(config: Config) -> None:
         state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
         if rank() == 0:
             if config.resume:
-                cut_logs(out, state["step"])
+                cut_logs(out, state["step"], config.steps)
             write_record(out / "run.json", record)
         total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
         say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)

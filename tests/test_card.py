@@ -220,15 +220,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(f"{column}:" in explained or f"{column}," in explained for column in columns)          # a stranger can read every column
 
 
+def test_without_flags_it_is_the_card_of_the_model_that_ships(capsys: pytest.CaptureFixture) -> None:
+    card.main(["eval", "--limit", "2", "--gsrm_max_new_tokens", "200"])
+    bare = capsys.readouterr().out
+    card.main("eval toy --gsrm toy/gsrm --truth toy:read --limit 2 --gsrm_max_new_tokens 200".split())
+    assert capsys.readouterr().out == bare and "exact" in bare and "r(structure, true_structure)" in bare
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         card.main([flag])
     said = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and all(f"python gsrm.py {words}" in said for words in ("eval DATA --gsrm", "annotate DATA --url", "COMMAND --help"))
+    assert ended.value.code == 0 and all(f"python gsrm.py {words}" in said for words in ("eval [DATA --gsrm", "annotate DATA --url", "COMMAND --help"))
 
 
-@pytest.mark.parametrize(("flags", "said"), [("", "usage"), ("eval", "DATA and --gsrm are needed"), ("eval nowhere --gsrm toy:read", "no problems at nowhere"),
+@pytest.mark.parametrize(("flags", "said"), [("", "usage"), ("eval toy", "DATA and --gsrm go together"), ("eval --gsrm toy/gsrm", "DATA and --gsrm go together"),
+                                             ("eval nowhere --gsrm toy:read", "no problems at nowhere"),
                                              ("eval --data toy --gsrm toy:read --limit 1", "two problems"), ("eval toy --gsrm toy:read --pairs toy:judging_text", "is a rule")])
 def test_errors_are_one_line(flags: str, said: str) -> None:
     with pytest.raises(SystemExit) as ended:

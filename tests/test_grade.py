@@ -161,6 +161,9 @@ CASES = [                                                            # gold, wha
     ("5", "5 sec x", False), ("5", "5 exp x", False), ("5", "5 sinh x", False), ("5", "5 arcsin x", False), ("5", "5 cosec x", False), ("5", "5 lnx", False),
     ("4", "4 root three", False), ("5", "5 squared", False), ("5", "5 dozen", False), ("5", "5 tenths", False), ("5", "5 alpha", False),
     ("(-1,6)", r"\big(-1,6\big)", True), ("(-1,6)", r"\bigl(-1,\, 6\bigr)", True), ("(-1,6)", r"\Big(6,-1\Big)", False),
+    ("12", "\uff11\uff12", True), ("12", "\uff11\uff13", False), ("(1,2)", "\uff08\uff11\uff0c\uff12\uff09", True), ("4", "4\u3002", True), ("4", "\u200b4\ufeff", True),
+    ("1/2", "\u00bd", True), ("1/2", "1\u20442", True), ("-1/2", "\u2212\u00bd", True), ("3/2", "1\u00bd", True), ("1/2", "1\u00bd", False), ("0.75", "\u00be", True),
+    ("x^4", "x\u2074", True), ("x4", "x\u2074", False), ("x^5", "x\u2074", False),
     (r"\frac{", "5", None), ("\\sqrt{", "\\sqrt{}", None), ("北京", "上海", False), ("北京", "北京", True), ("", "5", None),
 ]
 

@@ -221,6 +221,14 @@ def test_defect_2_first_pass_has_ratio_1_and_the_reinforce_gradient() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (loss, reinforce)), rtol=0, atol=1e-8)
 
 
+def test_a_ratio_that_would_overflow_is_clipped_like_any_other() -> None:
+    logp = tensor([-100.0, -100.0, -100.0])[:, None].float().requires_grad_()                # e^100 is no float32
+    terms, ratio = policy_terms(logp, torch.full((3, 1), -200.0), tensor([1.0, 0.0, -1.0]).float(), torch.ones(3, 1, dtype=torch.bool), 0.2, 0.28)
+    assert terms[:2].flatten().tolist() == [pytest.approx(-1.28), 0.0] and terms[2] == torch.inf and (ratio[:2] > 1e30).all()
+    terms[:2].sum().backward()
+    assert (logp.grad[:2] == 0).all()                                                        # the third's blow-up is not hidden: its loss is infinite
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_clipped_side_has_exactly_no_gradient(level: str) -> None:
     ratios = [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0] * 2

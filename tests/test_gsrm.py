@@ -729,6 +729,8 @@ def test_an_outage_on_one_of_the_teachers_traces_is_no_reward(tmp_path: Path) ->
         assert (gsrm.stats["unscored"], gsrm.stats["outages"], gsrm.stats["not_decomposed"]) == (3, 1, 1)
         scores = gsrm(["p"] * 4, [T + " ", text_of(OTHER) + " ", half, text_of(TEACHER[:2])], [ours] * 4)        # nothing of the outage is remembered
         assert [s.value for s in scores] == [1.0, 1.0, 0.5, 0.5] and gsrm.stats["unscored"] == 3
+    assert structure_rewards([[]], [[TEACHER, None]], exact_judge)[0].value == 0.0                                 # no trace could have given it more
+    assert structure_rewards([[]], [[None, None]], exact_judge)[0].value is None
     raw = GSRM(Reader([format_steps(TEACHER), None], [None]), exact_judge, normalize=False)
     assert [s.value for s in raw(["p"] * 2, [T + " ", half], [ours] * 2)] == [None, None]                        # a sum has no highest value
     for cannot in ("garbage", ""):                                   # asked, and there is nothing to be had, today or tomorrow: the other trace decides

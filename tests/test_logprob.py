@@ -503,6 +503,8 @@ def test_views_and_no_rows_at_all(device: str) -> None:
         near(got, want, 1e-6)
     logp, entropy = L.linear_logprob(x[:0], W, y[:0], T)
     assert logp.shape == entropy.shape == (0,) and (torch.autograd.grad(logp.sum() + entropy.sum(), W)[0] == 0).all()
+    loss, logp = L.linear_policy_loss(x[:0], W, y[:0], T, lambda logp, rows: (logp * torch.ones(5, device=device)[rows]).sum())
+    assert logp.shape == (0,) and loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (W, x)))
 
 
 def test_unusable_inputs_are_refused_with_what_to_change() -> None:

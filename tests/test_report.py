@@ -128,6 +128,29 @@ def test_a_student_without_steps_has_no_accuracy(capsys):
     text = capsys.readouterr().out
     assert re.search(r"^structure +0\.000 \+-", text, re.MULTILINE) and re.search(r"^choice accuracy +-$", text, re.MULTILINE) and "nan" not in text
 
+def ended(out, before, after, capsys):
+    """What print_end says of completions (problem, sample, temperature, right)."""
+    for when, rows in (("before", before), ("after", after)):
+        if rows is not None:
+            write_jsonl(out / f"eval_{when}.jsonl", [row(name, right, "1", sample, warm) for name, sample, warm, right in rows])
+    report.print_end(out)
+    return capsys.readouterr().out
+
+
+def test_before_and_after_are_of_the_same_completions(tmp_path, capsys):
+    """A resume may have changed how many problems and samples: then the table is of what both have, and says so."""
+    few = [(name, sample, float(sample < 2), False) for name in "ab" for sample in range(3)]
+    many = [(name, sample, float(sample < 2), name in "cd" or sample == 1) for name in "abcd" for sample in range(3)]
+    said = ended(tmp_path, few, few, capsys)
+    assert "made both before" not in said and re.search(r"accuracy sampled +0\.00 +0\.00\n", said)
+    said = ended(tmp_path, few, many, capsys)
+    assert "of the 6 completions" in said and re.search(r"accuracy sampled +0\.00 +0\.50\n", said) and re.search(r"pass@2 +0\.00 +1\.00\n", said)
+    (tmp_path / "eval_before.jsonl").unlink()
+    said = ended(tmp_path, None, many, capsys)
+    assert "made both before" not in said and re.search(r"accuracy sampled +0\.75", said) and "before  " not in said
+    (tmp_path / "eval_after.jsonl").unlink()
+    assert "held-out" not in ended(tmp_path, few, None, capsys)                       # the evaluation after training was turned off
+
 # ------------------------------------------------------------------------------------------------ comparison
 
 def store(path, rows):

@@ -267,7 +267,18 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(data, stra
         train.main(config(data, straight, "--steps", "4"))
     with pytest.raises(ValueError, match="--lr was 0.0005, is 0.1"):
         train.main(config(data, straight, "--steps", "4", "--resume", "auto", "--lr", "0.1"))
-    assert (straight / "log.jsonl").read_text() == before
+    with pytest.raises(ValueError, match="--steps 3: .*step_000004 has gone further already: ask for more"):
+        train.main(config(data, straight, "--steps", "3", "--resume", "auto"))
+    assert (straight / "log.jsonl").read_text() == before and json.loads((straight / "run.json").read_text())["config"]["steps"] == 4
+
+
+def test_the_evaluation_of_a_student_that_trains_on_goes(data, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "out")
+    (out / "eval_after.jsonl").write_text("")
+    train.main(config(data, out, "--steps", "4", "--resume", "auto"))
+    assert (out / "eval_after.jsonl").exists()                             # nothing was left to train
+    train.main(config(data, out, "--steps", "5", "--resume", "auto"))
+    assert not (out / "eval_after.jsonl").exists() and len(lines(out)) == 5
 
 
 def test_a_run_is_not_resumed_on_other_data_or_another_chat_template(data, tmp_path):
