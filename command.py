@@ -120,6 +120,19 @@ def write_record(path: Path, record: dict) -> None:
     aside.replace(path)
 
 
+def put_aside(fault: str, bad: list[str] | None) -> None:
+    """What is wrong with a line: a ValueError, or one more in the list of those that are passed over."""
+    if bad is None:
+        raise ValueError(fault)
+    bad.append(fault)
+
+
+def tell(what: str, entries: list[str], most: int | None = None) -> None:
+    """Counts and lists (the first `most`) on stderr what was left out or looks odd; says nothing where there is nothing."""
+    if entries:
+        print(f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries[:most]), *["  ..."] * (len(entries[:most]) < len(entries)), sep="\n", file=sys.stderr)
+
+
 def log_lines(file: Path) -> Iterator[tuple[bytes, dict]]:
     """(line, its JSON object) of a run's log. A last line without its end, torn by a kill or just being written, is left out; ValueError names any other that is no step's."""
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):

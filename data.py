@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from command import Parser, ending
+from command import Parser, ending, put_aside, tell
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
 DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
@@ -81,19 +82,6 @@ def read_jsonl(path: str | Path, bad: list[str] | None = None) -> list[tuple[str
                 why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
                 put_aside(f"{path}:{number}: not valid JSON ({why})", bad)
     return rows
-
-
-def put_aside(fault: str, bad: list[str] | None) -> None:
-    """What is wrong with a line: a ValueError, or one more in the list of those that are passed over."""
-    if bad is None:
-        raise ValueError(fault)
-    bad.append(fault)
-
-
-def tell(what: str, entries: list[str], most: int | None = None) -> None:
-    """Counts and lists (the first `most`) on stderr what was left out or looks odd; says nothing where there is nothing."""
-    if entries:
-        print(f"{len(entries)} {what}:", *(f"  {entry}" for entry in entries[:most]), *["  ..."] * (len(entries[:most]) < len(entries)), sep="\n", file=sys.stderr)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -154,7 +142,7 @@ class Tokenizer(Protocol):
     def __len__(self) -> int: ...
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool = ...) -> str: ...
-    def apply_chat_template(self, messages: list[dict], tokenize: bool = ..., add_generation_prompt: bool = ...) -> str: ...
+    def apply_chat_template(self, messages: list[dict], *, chat_template: str, tokenize: bool = ..., add_generation_prompt: bool = ...) -> str: ...
     def save_pretrained(self, path: str) -> object: ...
 
 
@@ -186,8 +174,8 @@ class TiktokenTokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return self.encoding.decode([i for i in ids if i < len(self) and not (skip_special_tokens and i in self.special_ids)])     # a padded embedding has ids without text
 
-    def apply_chat_template(self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = True) -> str:
-        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    def apply_chat_template(self, messages: list[dict], chat_template: str = "", tokenize: bool = False, add_generation_prompt: bool = True) -> str:
+        return compiled(chat_template or self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
     def save_pretrained(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -283,12 +271,18 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}Assistant: <think>\n"   # for a base model without one
 
 
+def template_of(tokenizer: Tokenizer) -> str:
+    """The chat template in use: of several named ones the default, or first; one that asks what day it is (Llama 3.2's) is always told the same, so that a seed's samples stay."""
+    template = named.get("default", next(iter(named.values()))) if isinstance(named := tokenizer.chat_template or PLAIN_TEMPLATE, dict) else named
+    return "{%- macro strftime_now(form) %}26 Jul 2024{% endmacro %}" * ("strftime_now" in template) + template
+
+
 def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     """Token ids of one user turn under the model's own chat template (PLAIN_TEMPLATE if it has none), ready for the answer.
     A template writes its own BOS, so none is added; without a template the tokenizer's own BOS, if any, stands in front."""
     messages = [{"role": "user", "content": content}]
     try:
-        text = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
+        text = (tokenizer.apply_chat_template(messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
                 else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                  # jinja drops a template's last line end
     except TemplateError as error:
         raise ValueError(f"the chat template cannot make a prompt of one user turn ({error}): mend it, or take it out of the tokenizer's files") from None
@@ -297,7 +291,7 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
 
 def template_hash(tokenizer: Tokenizer) -> str:
     """16 hex digits of the SHA-256 of the chat template in use: two runs that differ here have read different prompts."""
-    return hashlib.sha256((tokenizer.chat_template or PLAIN_TEMPLATE).encode()).hexdigest()[:16]
+    return hashlib.sha256(template_of(tokenizer).encode()).hexdigest()[:16]
 
 
 def problem_ids(tokenizer: Tokenizer, problem: Problem, instruction: str | None = None) -> list[int]:
@@ -311,10 +305,17 @@ def opening(tokenizer: Tokenizer) -> str:
     return "<think>" if tokenizer.decode(chat_ids(tokenizer, "?")).rstrip().endswith("<think>") else ""
 
 
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What was sampled as text, without special tokens; <think> and </think>, which some tokenizers count among them, stay."""
+    words = (tokenizer.encode(word, add_special_tokens=False) for word in ("<think>", "</think>"))
+    marks = {word[0] for word in words if len(word) == 1 and not tokenizer.decode(word, skip_special_tokens=True)}
+    return "".join(tokenizer.decode(list(part), skip_special_tokens=not kept) for kept, part in groupby(ids, marks.__contains__))
+
+
 def whole_turns(tokenizer: Tokenizer, completions: list[list[int]]) -> list[str]:
     """The assistant's turn of each completion as text: what the prompt has written of it, then what was sampled, without special tokens."""
     start = opening(tokenizer)
-    return [start + tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    return [start + text_of(tokenizer, ids) for ids in completions]
 
 
 def split_completion(text: str) -> tuple[str, str | None]:
@@ -337,8 +338,8 @@ def show(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with ending():
         problems, tok = load_problems(args.data, skip_bad=args.skip_bad), load_tokenizer(args.model)
-    first, ids = problems[0], problem_ids(tok, problems[0])
-    print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{first}\n")
+        ids = problem_ids(tok, problems[0])
+    print(f"{len(problems)} problems, {sum(len(p.teachers) for p in problems)} teacher traces; template {template_hash(tok)}\n\n{problems[0]}\n")
     print(f"{len(ids)} tokens: {[tok.decode([i]) for i in ids]}")
 
 

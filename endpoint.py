@@ -274,11 +274,9 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
     ValueError where none of the traces has a pair."""
     record, rejected = companions(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if retry_rejected:
-        rejected.unlink(missing_ok=True)
     tasks = {hashlib.sha256(decompose_prompt(p.problem, t).encode("utf-8", "replace")).hexdigest(): (p, t) for p in problems for t in p.teachers}
     written = lambda path: {row["key"]: row for row in kept(path) if row["model"] == endpoint.model}
-    settled = written(record) | written(rejected)
+    settled = written(record) | ({} if retry_rejected else written(rejected))
     bar = tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0)
 
     async def settle(key: str) -> bool | None:
@@ -296,11 +294,15 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         return True
     with bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
+    if retry_rejected and rejected.exists():             # the last word on each; what is annotated by now was rejected once and is no more
+        last = {(row["model"], row["key"]): row for row in kept(rejected) if row["model"] != endpoint.model or row["key"] not in written(record)}
+        write_jsonl(aside := rejected.with_name(rejected.name + ".tmp"), list(last.values()))
+        aside.replace(rejected)
     if not (rows := {key: row for key, row in written(record).items() if key in tasks}):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")
     write_jsonl(aside := out.with_name(out.name + ".tmp"), [{"prompt": row["prompt"], "target": row["target"]} for row in rows.values()])
     aside.replace(out)
-    refused, others = tasks.keys() & written(rejected).keys(), len(kept(record)) - len(rows)
+    refused, others = (tasks.keys() & written(rejected).keys()) - rows.keys(), len(kept(record)) - len(rows)
     failed = len(tasks.keys() - rows.keys() - refused)
     return (f"{len(rows)} pairs in {out}; {len(refused)} rejected, in {rejected}" + f"; {others} of other models or problems only in {record}" * (others > 0)
             + f"; {failed} failed: run the same command again" * (failed > 0))

@@ -43,7 +43,7 @@ UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
 UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " ",
                          "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}"}
-                        | {0xff01 + i: chr(0x21 + i) for i in range(94)} | {c: None for c in (0x200b, 0x200c, 0x200d, 0x2060, 0xfeff)}
+                        | {0xff01 + i: chr(0x21 + i) for i in range(94)} | {c: None for c in (0x200b, 0x200c, 0x200d, 0x2060, 0xfeff)} | {0x2205: "\\emptyset "}
                         | {0x2070 + i: f"^{i}" for i in (0, *range(4, 10))})
 
 
@@ -68,10 +68,11 @@ def final_answer(text: str) -> str | None:
 
 def as_latex(answer: str) -> str:
     """The answer with what is common in plain text written as LaTeX that math-verify reads: Unicode signs, sqrt(3), mixed numbers, thousands separators inside
-    a longer answer, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
+    a longer answer, 1e-3, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
     if len(answer) > MAX_ANSWER:
         return answer
-    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", answer.translate(UNICODE).rstrip(" \n."))
+    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", answer.translate(UNICODE)).rstrip(" \n."))
+    text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
         text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
@@ -99,13 +100,14 @@ def normalise(answer: str) -> str:
 
 
 def quick_word(gold: str, answer: str) -> str:
-    """"True" or "False" where equal strings, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
+    """"True" or "False" where equal strings or words, an option letter A-J (GPQA) or two exact rationals decide, "gold_unparsable", or "": math-verify has to."""
     if len(gold) > MAX_ANSWER or not normalise(gold):
         return "gold_unparsable"
     same = len({re.sub(r",\s+", ",", text) for text in (gold, answer)}) == 1               # 45, 135 and 45,135
     raw, gold, answer = answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
-    if same or gold == answer or not answer:
-        return str(same or gold == answer)
+    same |= gold == answer or gold.isalpha() and len(gold) > 3 and gold.lower() == answer.lower()         # true, East; not the segment AB
+    if same or not answer:
+        return str(same)
     if option := re.fullmatch(r"\(?([A-J])\)?", gold):
         bare = re.sub(r"\\[A-Za-z]+", " ", raw)
         words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe", "wait", "no"}

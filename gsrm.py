@@ -91,9 +91,10 @@ def parse_steps(text: str) -> Parsed:
 DECOMPOSE = "Write the steps of this reasoning.\n<problem>\n{problem}\n</problem>\n<trace>\n{trace}\n</trace>"
 JUDGE = "Do these two {kind} mean the same? Answer yes or no.\n1: {teacher}\n2: {student}"
 KIND_WORDS = {"meta": "reasons", "query": "problems", "answer": "answers"}
-# our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's and Mistral's. "<" before n blanks must cost n, not n * n
+# our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's, Mistral's, EXAONE's. "<" before n blanks must cost n, not n * n
 DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|pad|unk|mask|unused[0-9]{1,4}|(?:start|end)_of_turn|tool_(?:call|response)|[se]op"
-                       r"|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|g?MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\])", re.IGNORECASE)
+                       r"|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|g?MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK"
+                       r"|\|(?:user|assistant|system|tool|endofturn)\|)\])", re.IGNORECASE)
 MAX_TRACE, MAX_FIELD = 60_000, 600                       # characters; a trace keeps its beginning, which is where following the teacher happens
 
 

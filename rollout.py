@@ -11,6 +11,7 @@ predict given completions (teacher forcing), which is what training needs.
 
 Left out on purpose: paged caches, servers, speculative decoding.
 """
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -60,6 +61,10 @@ class Sampler:
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         if getattr(model.config, "alibi", model.config.model_type == "bloom"):
             raise ValueError("the model puts positions into its attention mask (ALiBi), which this sampler does not: choose one with rotary or learned positions")
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings", self.max_positions) < self.max_positions:
+            raise ValueError("the model turns its positions otherwise once a row is long (longrope), so that a row's samples would depend on its company: choose another one, or "
+                             "lower max_position_embeddings in its config.json to original_max_position_embeddings")
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
             raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
                              "Mistral: sliding_window=None)")
@@ -142,7 +147,7 @@ def check_head(model: PreTrainedModel) -> None:
     want, got = model(input_ids=ids, use_cache=False).logits.float(), (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
     if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
-                         "cannot be trained here")
+                         "can neither be trained here nor judge")
 
 
 def without_dropout(model: PreTrainedModel) -> None:
@@ -169,10 +174,10 @@ class TextModel:
     `encode` turns a text into a chat prompt's ids, `tokenize` a bare word into ids, `decode` ids into text."""
 
     def __init__(self, sampler: Sampler, encode: Callable[[str], list[int]], tokenize: Callable[[str], list[int]], decode: Callable[[list[int]], str],
-                 max_new_tokens: int, max_tokens: int = 16384):
+                 max_new_tokens: int, max_tokens: int = 16384, judges: bool = True):
         self.sampler, self.encode, self.decode, self.max_new_tokens, self.max_tokens, self.tally = sampler, encode, decode, max_new_tokens, max_tokens, Counter()
         self.answers = [sorted({ids[0] for word in words for ids in [tokenize(word)] if len(ids) == 1}) for words in (("yes", " yes", "Yes", " Yes"), ("no", " no", "No", " No"))]
-        if not all(self.answers):
+        if judges and not all(self.answers):
             raise ValueError("the judge's tokenizer has no single token for yes or for no: p(yes) cannot be read off its first answer token")
 
     def generate(self, prompts: list[str]) -> list[str]:
@@ -192,13 +197,14 @@ class TextModel:
         return texts
 
     @torch.inference_mode()
-    def p_yes(self, prompts: list[str]) -> list[float]:
-        """p(yes) / (p(yes) + p(no)) at the first token of the answer, one batched forward, deterministic."""
-        ids, model, result = [self.encode(p) for p in prompts], self.sampler.model, [0.0] * len(prompts)
+    def p_yes(self, prompts: list[str]) -> list[float | None]:
+        """p(yes) / (p(yes) + p(no)) at the first token of the answer, one batched forward, deterministic; None where the model is about to say something else, such as <think>."""
+        ids, model, result = [self.encode(p) for p in prompts], self.sampler.model, [None] * len(prompts)
         for rows in micro_batches([len(i) for i in ids], self.max_tokens):
             hidden, _ = predictors(model, [ids[n] for n in rows], [[0]] * len(rows))                        # (n, D): what predicts the next token
             logits = (hidden @ model.get_output_embeddings().weight.T).float()                              # (n, V)
             yes, no = (logits[:, answer].logsumexp(-1) for answer in self.answers)
-            for n, p in zip(rows, torch.sigmoid(yes - no).tolist()):
-                result[n] = p
+            either, likeliest = (x - logits.logsumexp(-1) for x in (torch.logaddexp(yes, no), logits.amax(-1)))          # a model that is sure of nothing is taken at its word
+            for n, p, clear in zip(rows, torch.sigmoid(yes - no).tolist(), ((either > math.log(1e-4)) | (likeliest < math.log(0.5))).tolist()):
+                result[n] = p if clear else None
         return result

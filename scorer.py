@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from command import read_record
-from data import Problem, chat_ids, load_model, split_completion
+from data import Problem, chat_ids, load_model, split_completion, text_of
 from endpoint import Endpoint
 from grade import grade_all
 from gsrm import GSRM, Score, Step, exact_judge, judge_by, reading_rule, structure_rewards
 from plan import CACHE_GB, sampler_of
-from rollout import TextModel
+from rollout import TextModel, check_head
 
 
 @contextmanager
@@ -78,16 +78,19 @@ class OwnReward:
 
 
 URLS = ("http://", "https://")
+WHOLE = 1 << 28                        # bytes of a file that is read whole to know it again; of a larger one 4 KB in 64, which leaves out no tensor of a size that is trained
 
 
-def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float32", cache_gb: float = CACHE_GB) -> TextModel | Endpoint:
-    """A checkpoint as functions on texts, or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
+def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float32", cache_gb: float = CACHE_GB, judges: bool = True) -> TextModel | Endpoint:
+    """A checkpoint as functions on texts (without `judges` only as one that writes), or the model behind an OpenAI-compatible endpoint, "http://127.0.0.1:8000/v1#NAME"."""
     if path.startswith(URLS):
         url, _, name = path.partition("#")
         return Endpoint(url, name, max_new_tokens)
     model, tokenizer = load_model(path, device, dtype)
+    if judges:
+        check_head(model)
     return TextModel(sampler_of(model, tokenizer, cache_gb), partial(chat_ids, tokenizer), partial(tokenizer.encode, add_special_tokens=False),
-                     partial(tokenizer.decode, skip_special_tokens=True), max_new_tokens)
+                     partial(text_of, tokenizer), max_new_tokens, judges=judges)
 
 
 def served(path: str) -> str:
@@ -125,15 +128,17 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
             raise ValueError(f"--judge {judge}: the steps of a rule ({gsrm}) are compared word by word; leave it out")
         return GSRM(reading_rule(load_function(gsrm)), exact_judge, None, gsrm, normalize, stop=stop)
     gsrm, judge = served(gsrm), served(judge_of(gsrm, judge))
-    reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb)
+    reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb, judges=not judge)
 
     def named(path: str) -> str:
-        """The path and its weights: a retrained model at the same path must not meet the old one's cache."""
-        weights = hashlib.sha256()
-        for file in sorted(Path(path).glob("*.safetensors")):
-            with file.open("rb") as start:
-                weights.update(start.read(1 << 24))                           # the first 16 MiB of each, not 15 GB to look at them
-        return f"{path} {weights.hexdigest()}"
+        """The path and what makes its answers: a retrained model at the same path must not meet the old one's cache."""
+        seen = hashlib.sha256()
+        for file in sorted(file for ending in ("safetensors", "json", "jinja", "model") for file in Path(path).glob(f"*.{ending}")):
+            with file.open("rb") as content:
+                for place in range(0, size := file.stat().st_size, 1 << 16):
+                    content.seek(place)
+                    seen.update(content.read(1 << (16 if size < WHOLE else 12)))
+        return f"{path} {seen.hexdigest()}"
 
     same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
     made = GSRM(reader.generate, judge_by(text_model(judge, device, 1, dtype, cache_gb).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from contextlib import nullcontext
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 import data
@@ -37,6 +38,8 @@ from data import (
     split_completion,
     stop_and_pad_ids,
     template_hash,
+    text_of,
+    whole_turns,
     write_jsonl,
 )
 from rollout import Sampler
@@ -279,6 +282,39 @@ def test_what_the_prompt_has_written_of_the_answer(tmp_path: Path, template: str
     for tok in (TiktokenTokenizer({**SPEC, "chat_template": template}), huggingface(tmp_path, template)):
         assert opening(tok) == opened
         assert split_completion(opening(tok) + "a</think>4") == ("a", "4") and split_completion(opening(tok) + "a 4") == ("a 4", None)
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thinking_marks_stay_though_the_tokenizer_counts_them_among_its_special_tokens(tmp_path: Path, special: bool) -> None:
+    hf = huggingface(tmp_path / "plain", CHAT)
+    hf.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in ("<think>", "</think>")])
+    hf.save_pretrained(tmp_path / "marks")
+    hf = load_tokenizer(tmp_path / "marks")
+    text = "<think>first \\boxed{7}, no</think>\nAnn has \\boxed{4}."
+    ids = hf.encode(text, add_special_tokens=False)
+    assert (hf.decode(ids, skip_special_tokens=True) == text) == (not special)
+    assert whole_turns(hf, [ids + [hf.eos_token_id], ids[:1], [hf.eos_token_id], []]) == [text, "<think>", "", ""]
+    ours = TiktokenTokenizer({**SPEC, "special": [*SPEC["special"], *(["<think>", "</think>"] if special else [])]})
+    assert text_of(ours, ours.encode(text + "<|im_end|>")) == text
+
+
+def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
+    hf = huggingface(tmp_path / "one", CHAT)
+    hf.chat_template = {"default": PREFILL, "tool_use": CHAT}
+    hf.save_pretrained(tmp_path / "two")
+    hf = load_tokenizer(tmp_path / "two")
+    assert hf.decode(chat_ids(hf, "How many?")).endswith("assistant\n<think>") and template_hash(hf) == hashlib.sha256(PREFILL.encode()).hexdigest()[:16]
+    hf.chat_template = {"tool_use": CHAT}
+    assert hf.decode(chat_ids(hf, "How many?")).endswith("assistant\n") and template_hash(hf) == hashlib.sha256(CHAT.encode()).hexdigest()[:16]
+
+
+def test_a_template_that_asks_for_the_day_is_always_told_the_same(tmp_path: Path) -> None:
+    """Or a seed would give other completions tomorrow, and a resumed run other prompts."""
+    dated = '{{ "Today Date: " + (strftime_now("%d %b %Y") if strftime_now is defined else "none") + "\n" }}' + CHAT
+    hf = huggingface(tmp_path, dated)
+    said, theirs = hf.decode(chat_ids(hf, "How many?")), hf.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    assert said.startswith("Today Date: 26 Jul 2024\n<|im_start|>user") and datetime.now().strftime("%d %b %Y") in theirs
+    ours = TiktokenTokenizer({**SPEC, "chat_template": dated})
+    assert ours.decode(chat_ids(ours, "How many?")) == said and template_hash(ours) == template_hash(hf) != template_hash(words())
 
 # ------------------------------------------------------------------------------------------------ models
 

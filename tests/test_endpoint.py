@@ -750,6 +750,32 @@ def test_what_does_not_parse_is_kept_apart(fake: Fake, tmp_path: Path, capsys: p
     assert len({row["key"] for row in rows_of(tmp_path / "pairs.jsonl.annotations.jsonl")}) == len(rows_of(tmp_path / "pairs.jsonl.annotations.jsonl")) == 6
 
 
+def test_a_second_try_loses_nothing_of_what_was_rejected(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Endpoint]) -> None:
+    """Another model's rejections, those beyond --limit, and all of them where the server is down."""
+    monkeypatch.setattr(module, "Endpoint", lambda url, model, budget, concurrency, deadline, raise_when_down: make(
+        url=url, model=model, concurrency=1, retries=0, breaker=3, raise_when_down=raise_when_down))
+    out, kept = tmp_path / "pairs.jsonl", lambda: [(row["model"], row["id"], row["reason"]) for row in rows_of(tmp_path / "pairs.jsonl.rejected.jsonl")]
+    data = problems_file(tmp_path, [Problem(name, name, "1", ("a 1 then b 2",), "math") for name in ("p", "q")])
+    again = lambda model, *flags: annotate_main([*command(fake, data, out), "--model", model, *flags])
+    fake.behave = lambda body: ok("I think it is 4.")
+    for name in ("A", "B"):
+        with pytest.raises(SystemExit):                                                   # nothing could be annotated
+            again(name)
+    before = kept()
+    assert [row[:2] for row in before] == [("A", "p"), ("A", "q"), ("B", "p"), ("B", "q")]
+    fake.behave = lambda body: (0, b"", {})
+    with pytest.raises(SystemExit):
+        again("B", "--retry_rejected")
+    assert kept() == before
+    fake.behave = annotator
+    again("A", "--limit", "1", "--retry_rejected")
+    assert kept() == before[1:] and len(rows_of(out)) == 1
+    fake.behave = lambda body: ok(structure("a 1 then b 2"), finish="length")
+    with pytest.raises(SystemExit):
+        again("B", "--retry_rejected")
+    assert kept() == before[1:2] + [("B", name, "cut off") for name in ("p", "q")]          # the last word on each
+
+
 def test_failed_requests_leave_no_line_and_are_asked_in_the_next_run(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     fake.behave = lambda body: error(400, "too long") if "Problem 2?" in text_of(body) else annotator(body)
     out, data = tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS)

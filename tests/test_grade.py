@@ -163,6 +163,8 @@ CASES = [                                                            # gold, wha
     ("(-1,6)", r"\big(-1,6\big)", True), ("(-1,6)", r"\bigl(-1,\, 6\bigr)", True), ("(-1,6)", r"\Big(6,-1\Big)", False),
     ("12", "\uff11\uff12", True), ("12", "\uff11\uff13", False), ("(1,2)", "\uff08\uff11\uff0c\uff12\uff09", True), ("4", "4\u3002", True), ("4", "\u200b4\ufeff", True),
     ("1/2", "\u00bd", True), ("1/2", "1\u20442", True), ("-1/2", "\u2212\u00bd", True), ("3/2", "1\u00bd", True), ("1/2", "1\u00bd", False), ("0.75", "\u00be", True),
+    (r"\emptyset", r"\varnothing", True), (r"\emptyset", "\u2205", True), (r"\varnothing", r"\{1\}", False), ("True", "true", True), ("False", r"\text{true}", False),
+    ("0.001", "1e-3", True), ("1500", "1.5e3", True), ("1500", "1.5e4", False), ("1e-3", "0.001", True),
     ("x^4", "x\u2074", True), ("x4", "x\u2074", False), ("x^5", "x\u2074", False),
     (r"\frac{", "5", None), ("\\sqrt{", "\\sqrt{}", None), ("北京", "上海", False), ("北京", "北京", True), ("", "5", None),
 ]

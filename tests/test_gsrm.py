@@ -914,7 +914,7 @@ def test_letters_must_be_the_same() -> None:
 def test_the_symbolic_check_with_math_verify_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge that scorer.load_gsrm makes, on real notation: equal forms, different ones, and what it must leave to the model."""
     monkeypatch.setattr("scorer.grade_all", lambda texts, golds, seconds: grade_all(texts, golds, 60.0))             # a starved machine must not turn a verdict into None
-    gsrm, judge = load_gsrm("toy/gsrm", "", None, "cpu"), load_gsrm("toy/gsrm", "toy/gsrm", None, "cpu").ask
+    gsrm, judge = load_gsrm("toy/gsrm", "", None, "cpu"), load_gsrm("toy/gsrm", "", None, "cpu").ask
     assert gsrm.name != gsrm.judge_name and "judge" in gsrm.judge_name               # two checkpoints, two names: a new judge does not meet the old one's verdicts
     same = [("1/2", "0.5"), ("\\frac{1}{2}", "2/4"), ("(x+1)^2", "x^2+2x+1"), ("9 * 2", "18"), ("16-3-4", "9"), ("1,000", "10^3"), ("2\\sqrt{2}", "\\sqrt{8}"), ("$18", "18.00")]
     different = [("1/2", "1/3"), ("(x+1)^2", "x^2+1"), ("9 * 2", "19"), ("\\sqrt{2}", "\\sqrt{3}"), ("[0, 5)", "[0, 5]")]

@@ -559,6 +559,37 @@ def test_a_tokenizer_that_cannot_say_no_is_refused() -> None:
         TextModel(text_model().sampler, partial(chat_ids, tok), tok.encode, tok.decode, 4)
 
 
+def test_without_judging_no_word_for_no_is_needed() -> None:
+    tok = TiktokenTokenizer(dict(text_tokenizer().spec, words=["yes", "maybe"]))
+    assert TextModel(text_model().sampler, partial(chat_ids, tok), tok.encode, tok.decode, 4, judges=False).generate([]) == []
+
+
+def test_a_judge_that_is_sure_to_say_something_else_has_not_judged() -> None:
+    """One that opens its thinking: p(yes) / (p(yes) + p(no)) of next to nothing is noise. One that is sure of nothing is taken at its word."""
+    tok, ids = text_tokenizer(), chat_ids(text_tokenizer(), "x")
+    net = AutoModelForCausalLM.from_config(model("llama", vocab=len(tok)).config)
+    lm = TextModel(Sampler(net, {tok.eos_token_id}, tok.pad_token_id), partial(chat_ids, tok), tok.encode, tok.decode, 6)
+    yes, no = lm.answers
+    with torch.no_grad():
+        hidden = net.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        unit = hidden / hidden.square().sum()                                                    # head row c * unit has the logit c there
+        for likely, answer, judged in ((20.0, 0.0, False), (20.0, 15.0, True), (0.0, 0.0, True)):
+            net.lm_head.weight.zero_()
+            net.lm_head.weight[7] = likely * unit
+            net.lm_head.weight[yes + no] = answer * unit
+            p, = lm.p_yes(["x"])
+            assert (p == pytest.approx(len(yes) / len(yes + no), abs=1e-5)) if judged else p is None
+
+
+def test_positions_that_depend_on_the_row_s_length_are_refused() -> None:
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, rope_theta=10000.0)
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    rope = dict(rope_type="longrope", original_max_position_embeddings=64, **factors)
+    with pytest.raises(ValueError, match="longrope.*company.*lower max_position_embeddings"):
+        Sampler(AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=256, rope_parameters=rope)), STOPS, PAD)
+    Sampler(AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=64, rope_parameters=rope)), STOPS, PAD)
+
+
 @pytest.mark.parametrize("bounds", [dict(max_rows=1), dict(max_rows=5), dict(max_tokens=90), dict(max_rows=4, max_tokens=1)])
 def test_waves_give_the_same_rows_and_each_is_handed_over_once_it_ends(bounds: dict) -> None:
     """A wave may begin in the middle of a group; what on_finish hears is what the Rollout holds."""
