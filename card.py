@@ -276,12 +276,12 @@ def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         parser = Parser(prog="python gsrm.py", description="The Generative Structure Reward Model (GSRM).", epilog="All flags of a command: python gsrm.py COMMAND --help")
         commands = parser.add_subparsers(metavar="COMMAND")
-        commands.add_parser("eval", help="its report card: python gsrm.py eval [DATA --gsrm PATH] [--truth module:function] [--model STUDENT]; of toy/gsrm without DATA")
+        commands.add_parser("eval", help="its report card: python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]; without flags that of toy/gsrm")
         commands.add_parser("annotate", help="its training pairs, written by a larger model: python gsrm.py annotate DATA --url URL --model NAME --out FILE")
         parser.parse_args(argv[:1])
     if argv[:1] != ["eval"]:
         sys.exit("error: usage: python gsrm.py annotate DATA --url URL --model NAME --out FILE, or "
-                 "python gsrm.py eval [DATA --gsrm PATH] [--truth module:function] [--model STUDENT]")
+                 "python gsrm.py eval DATA --gsrm PATH [--truth module:function] [--model STUDENT]")
     parser = ConfigParser(Config, prog="python gsrm.py eval", allow_abbrev=False)
     parser.add_argument("first", nargs="?", metavar="DATA", help="the same as --data")
     given = vars(parser.parse_args(argv[1:]))
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> None:
         if not (data := first or args.data) and not args.gsrm:
             data, args = "toy", replace(args, gsrm="toy/gsrm", truth=args.truth or "toy:read")           # the one that ships
         if not args.gsrm or not data:
-            raise ValueError("DATA and --gsrm go together: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read (which is also what neither means)")
+            raise ValueError("DATA and --gsrm are needed, or neither, for: python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read")
         if args.out and Path(args.out).exists():
             raise ValueError(f"{args.out} exists already: choose another --out")
         problems, human = load_gold(data, args.limit)

@@ -232,10 +232,10 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         card.main([flag])
     said = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and all(f"python gsrm.py {words}" in said for words in ("eval [DATA --gsrm", "annotate DATA --url", "COMMAND --help"))
+    assert ended.value.code == 0 and all(f"python gsrm.py {words}" in said for words in ("eval DATA --gsrm", "annotate DATA --url", "COMMAND --help"))
 
 
-@pytest.mark.parametrize(("flags", "said"), [("", "usage"), ("eval toy", "DATA and --gsrm go together"), ("eval --gsrm toy/gsrm", "DATA and --gsrm go together"),
+@pytest.mark.parametrize(("flags", "said"), [("", "usage"), ("eval toy", "DATA and --gsrm are needed"), ("eval --gsrm toy/gsrm", "DATA and --gsrm are needed"),
                                              ("eval nowhere --gsrm toy:read", "no problems at nowhere"),
                                              ("eval --data toy --gsrm toy:read --limit 1", "two problems"), ("eval toy --gsrm toy:read --pairs toy:judging_text", "is a rule")])
 def test_errors_are_one_line(flags: str, said: str) -> None:
