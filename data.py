@@ -255,11 +255,10 @@ def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[
     """(every id that ends a completion, the id that fills unused places). The pad id is never looked for in data: lengths say where a row ends.
     ValueError where nothing ends a completion."""
     eos = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id} | set([eos] if isinstance(eos, int) else eos or [])
+    stops = ({tokenizer.eos_token_id} | set([eos] if isinstance(eos, int) else eos or [])) - {None}
     for token in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>"):              # Qwen base stops at one, its chat template at the other
         ids = tokenizer.encode(token, add_special_tokens=False)
         stops |= set(ids) if len(ids) == 1 and tokenizer.decode(ids) == token else set()           # <unk> is one id too
-    stops.discard(None)
     if not stops:
         raise ValueError(NO_EOS)
     return stops, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
@@ -269,12 +268,13 @@ def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[
 NO_EOS = "the tokenizer has no token that ends a text: set eos_token in its tokenizer_config.json"
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}Assistant: <think>\n"   # for a base model without one
+A_DAY = "{%- macro strftime_now(form) %}{{ form" + "".join(f"|replace('%{a}', '{b}')" for a, b in zip("dmbBY", ("26", "07", "Jul", "July", "2024"))) + " }}{% endmacro %}{{ '' }}"
 
 
 def template_of(tokenizer: Tokenizer) -> str:
     """The chat template in use: of several named ones the default, or first; one that asks what day it is (Llama 3.2's) is always told the same, so that a seed's samples stay."""
     template = named.get("default", next(iter(named.values()))) if isinstance(named := tokenizer.chat_template or PLAIN_TEMPLATE, dict) else named
-    return "{%- macro strftime_now(form) %}26 Jul 2024{% endmacro %}" * ("strftime_now" in template) + template
+    return A_DAY * ("strftime_now" in template) + template
 
 
 def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
@@ -308,7 +308,7 @@ def opening(tokenizer: Tokenizer) -> str:
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What was sampled as text, without special tokens; <think> and </think>, which some tokenizers count among them, stay."""
     words = (tokenizer.encode(word, add_special_tokens=False) for word in ("<think>", "</think>"))
-    marks = {word[0] for word in words if len(word) == 1 and not tokenizer.decode(word, skip_special_tokens=True)}
+    marks = {word[0] for word in words if len(word) == 1 and not tokenizer.decode(word, skip_special_tokens=True) and "think>" in tokenizer.decode(word)}       # no <unk>
     return "".join(tokenizer.decode(list(part), skip_special_tokens=not kept) for kept, part in groupby(ids, marks.__contains__))
 
 

@@ -41,10 +41,12 @@ NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
-UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u00b2": "^2", "\u00b3": "^3", "\u20ac": "", "\u00a3": "", "~": " ",
-                         "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}"}
-                        | {0xff01 + i: chr(0x21 + i) for i in range(94)} | {c: None for c in (0x200b, 0x200c, 0x200d, 0x2060, 0xfeff)} | {0x2205: "\\emptyset "}
-                        | {0x2070 + i: f"^{i}" for i in (0, *range(4, 10))})
+UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u20ac": "", "\u00a3": "", "~": " ", "\u2205": "\\emptyset ",
+                         "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
+                         **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",          # full width; braces group nothing
+                         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")})                                                                # no width at all
+RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+LOWERED = str.maketrans(RAISED + "\u207b", "0123456789-")
 
 
 def final_answer(text: str) -> str | None:
@@ -71,7 +73,8 @@ def as_latex(answer: str) -> str:
     a longer answer, 1e-3, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
     if len(answer) > MAX_ANSWER:
         return answer
-    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", answer.translate(UNICODE)).rstrip(" \n."))
+    text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
+    text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5

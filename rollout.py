@@ -63,8 +63,7 @@ class Sampler:
             raise ValueError("the model puts positions into its attention mask (ALiBi), which this sampler does not: choose one with rotary or learned positions")
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings", self.max_positions) < self.max_positions:
-            raise ValueError("the model turns its positions otherwise once a row is long (longrope), so that a row's samples would depend on its company: choose another one, or "
-                             "lower max_position_embeddings in its config.json to original_max_position_embeddings")
+            raise ValueError("the model turns its positions otherwise once a row is long (longrope), so that a row's samples would depend on its company: choose another one")
         if other := {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}:        # Mistral says it in no layer_types
             raise ValueError(f"the model needs a cache of {', '.join(sorted(other))}: this sampler knows full attention only (Qwen2: use_sliding_window=False, "
                              "Mistral: sliding_window=None)")

@@ -142,7 +142,7 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
 
     same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
     made = GSRM(reader.generate, judge_by(text_model(judge, device, 1, dtype, cache_gb).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
-                judge_name=named(judge or gsrm), stop=stop)
+                judge_name=named(judge) if judge else "", stop=stop)
     reader.tally = made.stats                                                 # what was cut off is counted where GSRM counts
     return made
 

@@ -214,11 +214,9 @@ def main() -> None:
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)                                                # which flags beside it still change
     args = parser.parse_args()
-    if args.command == "run":
+    if args.command == "run" or args.command == "measure" and args.results.exists():
         with writing(args.results), writing(folder(args.out)):
-            go_on(args)
-    if args.command == "measure" and args.results.exists():
-        measure_again(args.results, args.out)
+            go_on(args) if args.command == "run" else measure_again(args.results, args.out)
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
     template, rows = Path(__file__).resolve().parent / "docs/study.md", sorted(rows, key=order)

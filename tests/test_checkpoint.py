@@ -159,7 +159,7 @@ def test_a_checkpoint_whose_reward_cannot_be_read_has_none(tmp_path, broken):
     for step, note in ((1, broken), (2, '{"reward": -0.5}'), (3, '{"reward": -0.7}'), (4, '{"reward": 9}')):
         (tmp_path / f"step_{step:06d}").mkdir()
         (tmp_path / f"step_{step:06d}" / "state.json").write_bytes(note.encode() if isinstance(note, str) else note)
-        last = tmp_path / "step_000004"
+    last = tmp_path / "step_000004"
     assert [p.name for p in spare(tmp_path, 1, last)] == ["step_000001", "step_000003"] and [p.name for p in spare(tmp_path, 3, last)] == ["step_000001"]
 
 

@@ -313,6 +313,8 @@ def test_a_template_that_asks_for_the_day_is_always_told_the_same(tmp_path: Path
     hf = huggingface(tmp_path, dated)
     said, theirs = hf.decode(chat_ids(hf, "How many?")), hf.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     assert said.startswith("Today Date: 26 Jul 2024\n<|im_start|>user") and datetime.now().strftime("%d %b %Y") in theirs
+    counting = TiktokenTokenizer({**SPEC, "chat_template": "\n{{ strftime_now('%Y-%m') }}-{{ strftime_now('%d') | int - 1 }} {{ strftime_now('%Y-%m-%d') }}"})
+    assert counting.decode(chat_ids(counting, "?")) == "\n2024-07-25 2024-07-26"                # what stands before and behind stays
     ours = TiktokenTokenizer({**SPEC, "chat_template": dated})
     assert ours.decode(chat_ids(ours, "How many?")) == said and template_hash(ours) == template_hash(hf) != template_hash(words())
 

@@ -165,6 +165,8 @@ CASES = [                                                            # gold, wha
     ("1/2", "\u00bd", True), ("1/2", "1\u20442", True), ("-1/2", "\u2212\u00bd", True), ("3/2", "1\u00bd", True), ("1/2", "1\u00bd", False), ("0.75", "\u00be", True),
     (r"\emptyset", r"\varnothing", True), (r"\emptyset", "\u2205", True), (r"\varnothing", r"\{1\}", False), ("True", "true", True), ("False", r"\text{true}", False),
     ("0.001", "1e-3", True), ("1500", "1.5e3", True), ("1500", "1.5e4", False), ("1e-3", "0.001", True),
+    ("1", "10\u00b2\u2070", False), ("2^{64}", "2\u2076\u2074", True), ("x^{12}", "x\u00b9\u00b2", True), ("0.0001", "10\u207b\u2074", True), ("10\u207b\u2074", "0.001", False),
+    ("4", "4\uff5d, 5, 6, 7", False), ("4", "4\uff5d or 5", False), (r"\{1,2\}", "\uff5b1\uff0c2\uff5d", True), ("1234", "1\uff0c234", False),
     ("x^4", "x\u2074", True), ("x4", "x\u2074", False), ("x^5", "x\u2074", False),
     (r"\frac{", "5", None), ("\\sqrt{", "\\sqrt{}", None), ("北京", "上海", False), ("北京", "北京", True), ("", "5", None),
 ]

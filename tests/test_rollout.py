@@ -585,7 +585,7 @@ def test_positions_that_depend_on_the_row_s_length_are_refused() -> None:
     factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, rope_theta=10000.0)
     sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
     rope = dict(rope_type="longrope", original_max_position_embeddings=64, **factors)
-    with pytest.raises(ValueError, match="longrope.*company.*lower max_position_embeddings"):
+    with pytest.raises(ValueError, match="longrope.*company.*choose another"):
         Sampler(AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=256, rope_parameters=rope)), STOPS, PAD)
     Sampler(AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=64, rope_parameters=rope)), STOPS, PAD)
 
