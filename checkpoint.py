@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import lora
-from command import Parser, ending, log_lines, read_record
+from command import Parser, ending, log_lines, read_record, write_aside
 from data import Tokenizer, load_model, load_tokenizer, save_model
 from parallel import all_max, rank, whole_state
 
@@ -232,8 +232,7 @@ def cut_logs(out: Path, step: int, steps: int = 0) -> None:
     for name in ("log.jsonl", "rollouts.jsonl"):
         if (out / name).exists():
             lines = [line for line, row in log_lines(out / name) if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
-            (out / f".{name}").write_bytes(b"".join(line + b"\n" for line in lines))
-            (out / f".{name}").rename(out / name)
+            write_aside(out / name, lambda file, lines=lines: file.write_bytes(b"".join(line + b"\n" for line in lines)))
 
 
 def main() -> None:

@@ -113,11 +113,15 @@ def read_record(path: Path, *names: str) -> dict:
     return record
 
 
-def write_record(path: Path, record: dict) -> None:
-    """Writes it aside and renames it: a kill or a full disk leaves the old one, without which nothing can be resumed."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file aside and then renames it: an interruption or a full disk leaves the old one."""
+    write(aside := path.with_name(f".{path.name}"))
     aside.replace(path)
+
+
+def write_record(path: Path, record: dict) -> None:
+    """A JSON object into a file, all of it or nothing."""
+    write_aside(path, lambda file: file.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
 
 def put_aside(fault: str, bad: list[str] | None) -> None:

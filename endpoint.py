@@ -31,7 +31,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from command import ConfigParser, ending, flag, writing
+from command import ConfigParser, ending, flag, write_aside, writing
 from data import Problem, append_jsonl, data_file, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
@@ -296,12 +296,10 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
         endpoint.run([key for key in tasks if key not in settled], settle)
     if retry_rejected and rejected.exists():             # the last word on each; what is annotated by now was rejected once and is no more
         last = {(row["model"], row["key"]): row for row in kept(rejected) if row["model"] != endpoint.model or row["key"] not in written(record)}
-        write_jsonl(aside := rejected.with_name(rejected.name + ".tmp"), list(last.values()))
-        aside.replace(rejected)
+        write_aside(rejected, lambda file: write_jsonl(file, list(last.values())))
     if not (rows := {key: row for key, row in written(record).items() if key in tasks}):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")
-    write_jsonl(aside := out.with_name(out.name + ".tmp"), [{"prompt": row["prompt"], "target": row["target"]} for row in rows.values()])
-    aside.replace(out)
+    write_aside(out, lambda file: write_jsonl(file, [{"prompt": row["prompt"], "target": row["target"]} for row in rows.values()]))
     refused, others = (tasks.keys() & written(rejected).keys()) - rows.keys(), len(kept(record)) - len(rows)
     failed = len(tasks.keys() - rows.keys() - refused)
     return (f"{len(rows)} pairs in {out}; {len(refused)} rejected, in {rejected}" + f"; {others} of other models or problems only in {record}" * (others > 0)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from command import ConfigParser, Parser, ending, flag, picture_file, read_record, writing
+from command import ConfigParser, Parser, ending, flag, picture_file, read_record, write_aside, write_record, writing
 from data import Problem, Tokenizer, append_jsonl, file_hash, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
@@ -150,19 +150,13 @@ def settings(config: Config, budget: int, revision: str | None, tokenizer: Token
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file aside and then renames it: an interruption leaves the old one."""
-    write(aside := path.with_name(f".{path.name}"))
-    aside.replace(path)
-
-
 def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
     """Rows that an interrupted evaluation of the same settings left in `out`, those of a half-written problem cut off; none and a new record of the settings for a
     new one. ValueError where `out` holds anything else."""
     record = settings_path(out)
     if not out.exists():                                  # a record without generations binds nobody
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace(record, lambda file: file.write_text(json.dumps(wanted, indent=1)))
+        write_record(record, wanted)
         return []
     if not record.is_file():
         raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
@@ -175,11 +169,11 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
         raise ValueError(f"{out} holds an evaluation of other settings ({'; '.join(changed)}): choose another --out")
     content = out.read_bytes()
     whole = content[:content.rfind(b"\n") + 1]           # what follows the last line end was cut off in writing, perhaps inside a character
-    replace(out, lambda file: file.write_bytes(whole))
+    write_aside(out, lambda file: file.write_bytes(whole))
     rows = read_generations(out) if whole else []
     count = Counter(row["id"] for row in rows)
     rows = [row for row in rows if count[row["id"]] == k]
-    replace(out, lambda file: write_jsonl(file, rows))
+    write_aside(out, lambda file: write_jsonl(file, rows))
     return rows
 
 
@@ -226,7 +220,7 @@ def rescore(file: str) -> None:
     word, verdicts = {True: "right", False: "wrong", None: "not graded"}, grade_all([row["text"] for row in rows], [row["gold"] for row in rows])
     changes = Counter(f"{word[row['correct']]} -> {word[verdict]}" for row, verdict in zip(rows, verdicts) if row["correct"] is not verdict)
     rows = [row | {"correct": verdict, "answer": final_answer(row["text"])} for row, verdict in zip(rows, verdicts)]
-    replace(Path(file), lambda path: write_jsonl(path, rows))
+    write_aside(Path(file), lambda path: write_jsonl(path, rows))
     print(f"{changes.total()} of {len(rows)} verdicts changed" + (f": {', '.join(f'{n} {what}' for what, n in changes.items())}" if changes else ""))
     kinds = {"sampled": [row for row in rows if row["temperature"]], "greedy": [row for row in rows if not row["temperature"]]}          # train.py's files hold both
     print_table({name: summary(some) for name, some in kinds.items() if some}, errors=True)

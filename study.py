@@ -26,7 +26,7 @@ from threading import Lock
 from tqdm import tqdm
 
 import evidence
-from command import Parser, at_least, ending, folder, writing
+from command import Parser, at_least, ending, folder, write_aside, writing
 from data import read_jsonl, write_jsonl
 from measures import SETS, measured, rounded, training
 from watch import machine
@@ -150,9 +150,7 @@ def replace(path: Path, new: list[dict]) -> None:
     key, rows = (lambda row: (row["regime"], row["arm"], row["seed"])), read_results(path) if path.exists() else []
     fresh = {key(row): row for row in new}
     lines = [fresh.pop(key(row), row) for row in rows] + list(fresh.values())
-    aside = path.with_name(path.name + ".new")
-    write_jsonl(aside, lines)
-    aside.replace(path)
+    write_aside(path, lambda file: write_jsonl(file, lines))
 
 
 def measure_again(results: Path, root: Path) -> None:
