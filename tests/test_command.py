@@ -1,5 +1,4 @@
 """One writer at a time: a second process with the same --out ends with one line, the first goes on, and nothing is left beside what it wrote."""
-import json
 import os
 import resource
 import signal
@@ -108,15 +107,12 @@ def test_a_second_command_with_the_same_out_is_refused(tmp_path, monkeypatch, li
         assert f"error: another process is writing {tmp_path / out}: wait for it, or choose another --out" in err and sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_first_of_two_processes_holds_the_folder_for_both(tmp_path):
-    """torchrun: the second one is not kept out by the first; a second job is refused, and ends although only its first process knows why."""
+def test_a_job_of_two_processes_is_refused_and_ends(tmp_path):
+    """Although only its first process knows why. (That the first does not keep the second out is what every other job of two processes in these tests shows.)"""
     write_jsonl(tmp_path / "train.jsonl", [vars(p) for p in make_problems(5, 4, 5, (2, 4))])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "train.py",
                 *f"--data {tmp_path}/train.jsonl --gsrm toy:read --steps 1 --eval_problems 0 --problems_per_step 2 --group_size 2 --max_new_tokens 8 --out {tmp_path}/out".split()]
-    go = lambda: subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (tmp_path / "out").mkdir()
     with held(tmp_path / "out"):
-        refused = go()
+        refused = subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert refused.returncode and f"another process is writing {tmp_path}/out" in refused.stderr and not list((tmp_path / "out").iterdir())
-    assert (done := go()).returncode == 0, done.stderr[-2000:]
-    assert [json.loads(row)["step"] for row in (tmp_path / "out/log.jsonl").read_text().splitlines()] == [1]
