@@ -4,7 +4,7 @@ All randomness of a step comes from (seed, step), so there is no generator state
 shards, as safetensors, while training goes on; the rest is JSON: no pickle. A checkpoint is written aside, its files' hashes go into manifest.json, and only then
 it gets its name: what bears the name step_000050 is whole, and what was damaged later is found out. Any number of processes can go on from it.
 
-    python checkpoint.py out/toy/checkpoints/step_000100 --out out/at_100         # as a Hugging Face checkpoint, for eval.py and everybody else
+    python checkpoint.py out/toy/checkpoints/step_000200 --out out/at_200         # as a Hugging Face checkpoint, for eval.py and everybody else
 
 Left out on purpose: incremental checkpoints, remote storage.
 """

@@ -63,6 +63,8 @@ class ConfigParser(Parser, HfArgumentParser):
         if settings.get("type") in (int, float):
             about, interval = re.fullmatch(r"(.*?)(?:, in ([(\[]\S+, \S+[)\]]))?", settings.get("help", "")).groups()
             settings["type"] = number(settings["type"], interval or "(-inf, inf)", about)
+        elif settings.get("action") == "store_false":         # HfArgumentParser's second name of a flag that is True by default
+            settings["help"] = argparse.SUPPRESS
         return super().add_argument(*names, **settings)
 
     def parse_with(self, presets: dict[str, dict], argv: list[str] | None) -> dict:

@@ -2,7 +2,7 @@
 
     y = W x + (alpha / rank) * B (A x)                A (rank, in) random, B (out, rank) zero at first, both float32; W frozen, in the dtype of computing
 
-    python train.py --lora_rank 32 --lr 1e-5 ...      # pip install peft; a rate some ten times that of full fine-tuning
+    python train.py --preset qwen1.5b --lora_rank 32 --lr 1e-5 ...      # pip install peft; a rate some ten times that of full fine-tuning
 
 The frozen start, which the KL is measured to, is the same model with the adapters off: no second copy. Checkpoints hold the adapters and their moments only,
 W comes from --model again. At the end model/ is W + (alpha / rank) * B A, a plain checkpoint, and adapter/ is what peft loads.

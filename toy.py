@@ -6,8 +6,8 @@ People hold numbers. Each person's number is given, or is the sum (mod 10) of tw
 
 The teacher goes top-down: start at the question, look up what is needed, go into the first unknown part, come back and add. Taking the second part
 first is just as good: that is its second trace, a real branch. A step is one hop: meta = whom it serves, query = whom we look up or add, answer = what
-was found. The student (the "novice") knows the same facts in other words and wanders: with a probability drawn per trace it looks up somebody that
-nothing needs; its steps are few, and when they run out it guesses. Looking up and adding it knows; *choosing* is what RLKD has to teach it.
+was found. The student (the "novice") knows the same facts in other words and wanders: with a probability drawn per trace it looks up just anybody
+it has not yet; its steps are few, and when they run out it guesses. Looking up and adding it knows; *choosing* is what RLKD has to teach it.
 
     python toy.py                          # problems, tokenizer, student, GSRM, judge -> toy/ (log in toy/make.log)
     python toy.py problems --people 9 --needed 4 6 --count 256 --seed 1 --out dense.jsonl

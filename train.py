@@ -49,7 +49,7 @@ from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, trac
 @dataclass(frozen=True)
 class Config:
     """Flags of `python train.py`; defaults suit 1.5B-7B students. A preset overrides defaults, flags override the preset."""
-    preset: str = flag("toy", "none, toy, qwen1.5b, paper or paper-zero")
+    preset: str = flag("toy", "none (the defaults shown here), toy, qwen1.5b, paper or paper-zero")
     model: str = flag("", "student: checkpoint folder or hub name")
     data: str = flag("", "problems with teacher traces: JSONL, or a folder with train.jsonl and test.jsonl")
     eval_data: str = flag("", "problems for the tables before and after; empty: test.jsonl of a --data folder, if there is one")
@@ -310,7 +310,8 @@ def main(config: Config) -> None:
     with writing(folder(config.out), rank() == 0) as out:
         start, passed = start_folder(out, record, config.resume)
         say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
-        say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default))
+        say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default)
+            + "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy" and not (Path(config.model) / "tiktoken.json").is_file()))
         say(f"{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
         run = set_up(config, out)
         plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import checkpoint, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, HfArgumentParser, Qwen2Config
@@ -258,7 +259,21 @@ def test_help_says_where_a_number_has_to_lie_and_transformers_own_parser_takes_t
         train.parse_config(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "ratio is clipped below 1 - clip_low, in [0, 1) (default: 0.2)" in said and "{gdpo,sum}" in said
+    assert "--stop_at_divergence" in said and "--no_stop" not in said                  # which takes it all the same, with the same help, as if it did the same
+    assert train.parse_config(["--no_stop_at_divergence"]).stop_at_divergence is False
     assert HfArgumentParser(train.Config).parse_args_into_dataclasses(["--clip_low", "0.1"])[0].clip_low == 0.1
+
+
+def test_a_model_of_ones_own_is_told_of_the_toys_settings(data, tmp_path, capsys, monkeypatch):
+    """Without --preset they are in force, a rate and a reward model that nobody asked for."""
+    def leave(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "set_up", leave)
+    own = checkpoint(tmp_path / "own", "qwen2", tokenizer("chatml"))
+    for model, preset, told in ((own, [], True), ("toy/student", [], False), (own, ["--preset", "none"], False)):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config(data, tmp_path / f"out{told}{len(preset)}", "--model", str(model), *preset))
+        assert ("for another model --preset qwen1.5b, or none" in capsys.readouterr().out) is told
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(data, straight):
