@@ -153,6 +153,8 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     per-token advantages and denominator. A metric ending in /max reduces by max, any other by sum, then divides by "tokens" (TRL's names)."""
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp: score the tokens with the frozen reference model, or set beta to 0")
+    if ref_logp is not None and ref_logp.shape != logp.shape:
+        raise ValueError(f"ref_logp is {tuple(ref_logp.shape)}, logp is {tuple(logp.shape)}: score the same tokens with both models")
     terms, ratio = policy_terms(logp, old_logp, advantages, mask, clip_low, clip_high, level)
     metrics = {"tokens": mask.sum()}
     if ref_logp is not None:

@@ -129,7 +129,7 @@ def logits_kernel(Z, Y, Lse, Logp, stride, scale, V: tl.constexpr, BLOCK: tl.con
     """One row a program, one pass: every lane keeps its own maximum and sum, and they meet once at the end."""
     n, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     target = tl.load(Z + n * stride + tl.load(Y + n)).to(tl.float32) * scale
-    top, total = tl.full((BLOCK,), 1.0, tl.float32) * target, tl.zeros((BLOCK,), tl.float32)
+    top, total = tl.full((BLOCK,), 1.0, tl.float32) * tl.maximum(target, -1e30), tl.zeros((BLOCK,), tl.float32)       # -inf - -inf would be NaN
     for v in range(0, V, BLOCK):
         z = tl.load(Z + n * stride + v + k, v + k < V, other=float("-inf")).to(tl.float32) * scale
         higher = tl.maximum(top, z)

@@ -1,30 +1,26 @@
 """Log-probabilities, entropies and KL of a language-model head, forward and backward, without ever holding the (N, V) logits.
 
-RL needs log p(token) of every sampled token, but the head's logits are (N, V) with V = 152k: 10 GB in bf16 at N = 32768, and rounding them to
-bf16 costs up to 0.09 nats. Here a tile of logits lives in registers, in float32, is reduced at once and forgotten. Letters: N rows (tokens),
-D hidden, V vocabulary, T temperature; z = hidden @ weight.T / T, p = softmax(z), y = target; F = one (N, D) x (D, V) matmul.
+RL needs log p(token) of every sampled token, but the head's logits are (N, V) with V = 152k: 10 GB in bf16 at N = 32768, and rounding them to bf16 costs up to 0.09 nats.
+Here a tile of logits lives in registers, in float32, is reduced at once and forgotten. Letters: N rows (tokens), D hidden, V vocabulary, T temperature;
+z = hidden @ weight.T / T, p = softmax(z), y = target; F = one (N, D) x (D, V) matmul.
 
     anchor   c near z_y, a row dot made beforehand: sums over the vocabulary need no running maximum and no rescaling, partial sums just add
     forward  S = sum_v e^(z_v - c),  B = sum_v e^(z_v - c) (z_v - c);    logp = z_y - c - log S,  entropy = log S - B/S
     mode A   linear_logprob, any loss outside: backward makes dz again by vocabulary chunks (4 F), for a = dloss/dlogp, e = dloss/dentropy,
                  dz_v = a (1[v=y] - p_v) - e p_v (entropy + log p_v);    dX = dz W / T,  dW = dz^T X / T
     mode B   linear_policy_loss, the loss evaluated inside, one chunk of rows after another, while E = e^(z - c) is at hand (3 F; frozen head 2 F):
-             dz = -(a/S) E, but for the target's E_y - S, so both matmuls take E as it is and only (n, D) things are scaled,
-                 dX = k (E W),  dW += E^T (k X),  k = -a / (S T)
+             dz = -(a/S) E, but for the target's E_y - S, so both matmuls take E as it is and only (n, D) things are scaled: dX = k (E W),  dW += E^T (k X),  k = -a / (S T)
     KL       reverse KL(p||q) = sum p (z - t) - lse_z + lse_t,  dz_v = p_v (log p_v - log q_v - KL);    forward KL(q||p),  dz_v = p_v - q_v
 
-Every sum is float32, gradients are rounded to the inputs' dtype once, rows with zero gradient cost no backward matmul. Targets far below the
-maximum stay exact: a tile that would pass 2^64 times the anchor is summed again relative to its own maximum, and mode B, whose E would not fit
-(log-prob < -44 nats), stores p for such a row instead. fp16 has no room for E, so there mode B is mode A.
+Every sum is float32, under torch.autocast too, gradients are rounded to the inputs' dtype once, rows with zero gradient cost no backward matmul. Targets far below the maximum
+stay exact: a tile past 2^64 times the anchor is summed again relative to its own maximum, and mode B, whose E would not fit (log-prob < -44 nats), stores p for such a row.
+In fp16, which has no room for E, mode B is mode A.
 
-The kernels (kernels.py) run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients
-(bf16): forward 2 D or 12 V/256 bytes a row, the larger; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone:
-`pytest tests/test_logprob.py` checks all of it against float64, `python bench.py logprob` measures it beside others. Left out on purpose: masks
-(drop the rows), bias, softcap, entropy inside mode B, vocabulary sharding, double backward. Recomputation instead of logits is from cut cross-entropy
-(Wijmans et al. 2024), gradients made in the forward pass from Liger (Hsu et al. 2024).
+The kernels (kernels.py) run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients (bf16):
+forward 12 V/256 bytes a row and 8 D of 2,048 rows; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone: `pytest tests/test_logprob.py`
+checks all of it against float64, `python bench.py logprob` measures it beside others. Left out on purpose: masks (drop the rows), bias, softcap, entropy inside mode B, shards of
+the vocabulary, double backward. Recomputation is from cut cross-entropy (Wijmans et al. 2024), gradients made in the forward pass from Liger (Hsu et al. 2024).
 """
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -40,6 +36,7 @@ WORKSPACE = 1 << 28         # elements of dz that backward holds at once (0.5 GB
 CPU_ELEMENTS = 1 << 20      # logits that a twin holds at once: about a CPU's cache
 CHUNK = 8192                # rows of mode B at a time
 COMPACT_BELOW = 0.75        # mode B: share of live rows under which moving them together costs less than multiplying the dead ones
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LossFn = Callable[[Tensor, slice], Tensor]
 
 
@@ -64,7 +61,8 @@ def _merge(part: Tensor) -> tuple[Tensor, Tensor]:
 def _statistics(x: Tensor, weight: Tensor, targets: Tensor, T: float, E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp and entropy in nats, log2 S and the anchor in log2 units, all (N,); E (N, V), if given, receives 2^d, clamped at 2^LIMIT."""
     (N, D), V, tiles = x.shape, len(weight), kernels.tile_sizes(x)
-    anchor = (torch.einsum("nd,nd->n", x, weight[targets]).float() * (LOG2E / T)).round()     # near will do; whole, so that its rounding does not show
+    near = [(part.float() * weight[y].float()).sum(-1) for part, y in zip(x.split(2048), targets.split(2048), strict=True)]        # float32: a bf16 one may be far at a low T
+    anchor = (torch.cat(near) * (LOG2E / T)).round()                                # whole, so that its rounding does not show
     hit, part = torch.empty_like(anchor), anchor.new_empty(3, triton.cdiv(V, tiles["BV"]), N)
     kernels.launch(kernels.forward_kernel, tiles, V, (x, weight), targets, anchor, hit, part, None if E is None else kernels.output_blocks(E, tiles), N, part[0].numel(),
                    LOG2E / T, D=D, V=V, LIMIT=LIMIT)
@@ -155,8 +153,6 @@ class _LogprobFromLogits(torch.autograd.Function):
         return logits, None, None
 
 
-# ---- mode B
-
 def _evaluate(loss_fn: LossFn, logp: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
     """The loss of a chunk and its gradient a (n,) in the log-probs: any loss at all, for the price of an (n,) autograd graph."""
     with torch.set_grad_enabled(wanted):
@@ -213,23 +209,24 @@ def _fused(t: Tensor) -> bool:
     return triton is not None and t.is_cuda and len(t) > 0
 
 
-def _check(hidden: Tensor, weight: Tensor, temperature: float) -> None:
+def _check(hidden: Tensor, weight: Tensor, temperature: float, chunk: int = 1) -> None:
     if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor"):
         raise TypeError(f"weight must be a plain (V, D) tensor, not {type(weight).__name__}: merge adapters into it, gather shards (.full_tensor()) first")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be (N, D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}: flatten it, drop masked rows")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise TypeError(f"hidden and weight must both be float32, bfloat16 or float16, not {hidden.dtype} and {weight.dtype}: cast one of them")
     if _fused(hidden) and hidden.shape[1] % 16:
         raise ValueError(f"the kernels need a hidden size that is a multiple of 16, not {hidden.shape[1]}: pad both inputs with zero columns")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not (temperature > 0 and chunk > 0):
+        raise ValueError(f"temperature and chunk must be positive, not {temperature} and {chunk}")
 
 
-def _check_targets(targets: Tensor, N: int, V: int) -> None:
+def _check_targets(targets: Tensor, N: int, V: int) -> Tensor:
     if targets.shape != (N,) or targets.dtype != torch.int64:
         raise ValueError(f"targets must be ({N},) int64, not {tuple(targets.shape)} {targets.dtype}")
     torch._assert_async(((targets >= 0) & (targets < V)).all(), f"a target lies outside 0..{V - 1}: drop ignored rows before the call")
+    return targets.contiguous()
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -237,7 +234,7 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
     Differentiable in both inputs through both outputs (mode A: one matmul forward; three backward, two with a frozen head)."""
     _check(hidden, weight, temperature)
-    _check_targets(targets, len(hidden), len(weight))
+    targets = _check_targets(targets, len(hidden), len(weight))
     if not _fused(hidden):
         return linear_logprob_reference(hidden, weight, targets, temperature)
     hidden, weight = hidden.contiguous(), weight.contiguous()
@@ -251,15 +248,16 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
 
     The gradients are ready when this returns (mode B: three matmuls in all, two with a frozen head), so loss_fn must add up over chunks (divide by
     counts known beforehand), only logp carries gradient (what else it closes over is constant), and backward runs once per call."""
-    _check(hidden, weight, temperature)
-    _check_targets(targets, len(hidden), len(weight))
+    _check(hidden, weight, temperature, chunk)
+    targets = _check_targets(targets, len(hidden), len(weight))
     if not _fused(hidden):
-        return linear_policy_loss_reference(hidden, weight, targets, temperature, loss_fn, chunk)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_policy_loss_reference(hidden, weight, targets, temperature, loss_fn, chunk)
     if hidden.dtype == torch.float16:                                               # 2^d does not fit fp16: mode A
         logp, _ = linear_logprob(hidden, weight, targets, temperature)
         return torch.stack([loss_fn(part, slice(i * chunk, i * chunk + len(part))) for i, part in enumerate(logp.split(chunk))]).sum(), logp.detach()
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         loss, logp, dX, dW = _policy_loss(hidden.contiguous(), weight.contiguous(), targets, temperature, loss_fn, chunk, needs)
     return _Precomputed.apply(hidden, weight, loss, dX, dW), logp
 
@@ -290,10 +288,13 @@ def logprob_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.
     """log p(target), (N,) float32 nats, of softmax(logits / temperature) where logits (N, V) exist anyway.
 
     With the kernels backward writes the gradient over the logits: no second (N, V), but nothing else may need them then (torch raises if something does)."""
-    _check_targets(targets, *logits.shape)
+    if logits.dim() != 2 or logits.dtype not in DTYPES or not temperature > 0:
+        raise ValueError(f"logits must be (N, V) float32, bfloat16 or float16 and temperature positive, not {tuple(logits.shape)} {logits.dtype} and {temperature}")
+    targets = _check_targets(targets, *logits.shape)
     if not _fused(logits):
         return logprob_from_logits_reference(logits, targets, temperature)
-    return _LogprobFromLogits.apply(logits if logits.stride(1) == 1 else logits.contiguous(), targets, temperature)
+    dense = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]           # backward writes there: no two entries may share a place
+    return _LogprobFromLogits.apply(logits if dense else logits.contiguous(), targets, temperature)
 
 
 # ---- plain twins: what runs without a GPU, and what the kernels are compared with
@@ -301,8 +302,8 @@ def logprob_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.
 def _by_rows(function: Callable[..., tuple[Tensor, ...]], V: int, *rows: Tensor) -> tuple[Tensor, ...]:
     """function over chunks of rows that hold at most CPU_ELEMENTS logits; where there are several, backward makes them again instead of keeping them."""
     chunks = list(zip(*(t.split(max(1, CPU_ELEMENTS // V)) for t in rows), strict=True))
-    keep = len(chunks) == 1 or not torch.is_grad_enabled()
-    parts = [function(*c) if keep else checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    with torch.autocast(rows[0].device.type, enabled=False):
+        parts = [function(*c) if len(chunks) == 1 or not torch.is_grad_enabled() else checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
     return tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
 

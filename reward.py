@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from data import Problem, split_completion
-from grade import grade_all
+from grade import final_answer, grade_all
 from grpo import combine_advantages, scored_rows
 from gsrm import GSRM, Score
 
@@ -35,15 +35,16 @@ def reward_weights(config: Settings) -> dict[str, float]:
 def format_reward(text: str, finished: bool) -> float:
     """1 for a finished completion of the form [<think>] trace </think> final, with a boxed final answer; else 0."""
     trace, final = split_completion(text)
-    return float(finished and final is not None and "\\boxed{" in final and "think>" not in final and "<think>" not in trace)
+    boxed = final is not None and ("\\boxed{" in final or "\\fbox{" in final) and final_answer(text)
+    return float(bool(finished and boxed and "think>" not in final and "<think>" not in trace))
 
 
-def line_similarity(problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[float]:
+def line_similarity(problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[float | None]:
     """A baseline without a model that reads or judges (in the manner of SRL, arXiv 2510.25992): difflib's ratio, in words, of the student's i-th line and the teacher's
-    i-th line, mean over the teacher's lines (0 where the student has none), of the teacher trace that it is nearest to; in [0, 1]."""
+    i-th line, mean over the teacher's lines (0 where the student has none), of the teacher trace that it is nearest to; in [0, 1], None without a teacher's."""
     lines = lambda text: [line.split() for line in text.strip().splitlines() if line.strip()]
     near = lambda student, teacher: sum(SequenceMatcher(None, a, b, autojunk=False).ratio() for a, b in zip(student, teacher)) / max(1, len(teacher))
-    return [max((near(lines(trace), lines(teacher)) for teacher in teachers), default=0.0) for trace, teachers in zip(traces, teacher_traces, strict=True)]
+    return [max((near(lines(trace), lines(teacher)) for teacher in teachers), default=None) for trace, teachers in zip(traces, teacher_traces, strict=True)]
 
 
 def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm: GSRM | None, config: Settings) -> tuple[dict[str, list[float | None]], list[Score | None]]:
@@ -55,7 +56,7 @@ def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm:
         scores = list(gsrm(problems, [split_completion(text)[0] for text in texts], traces))
         rewards["structure"] = [s.value for s in scores]
     rewards["outcome"] = [None if right is None else float(right) for right in grade_all(texts, [p.answer for p in problems])]
-    rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished)]
+    rewards["format"] = [format_reward(text, done) for text, done in zip(texts, finished, strict=True)]
     return {name: [None if v is None or math.isnan(v) else v for v in values] for name, values in rewards.items()}, scores
 
 

@@ -101,14 +101,14 @@ def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: li
 
 def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rollout: Rollout,
            adv: torch.Tensor, scored: torch.Tensor, config: Settings, teacher: PreTrainedModel | None = None) -> dict[str, float]:
-    """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp, a frozen `teacher` or none; metrics are means over all
-    tokens, reduced once."""
+    """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp, a frozen `teacher` or none; metrics are means over
+    tokens, reduced once: entropy and clip ratios over those of all scored rows, the others over those of rows that have a gradient."""
     model.train()
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
     used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
     total = 0.0 if rollout.logp.isfinite().all() else math.nan                          # a broken student's groups may be spread-less: no loss below would tell
-    sums = {"entropy": float(rollout.entropy[used].sum())} | ({"teacher_kl": 0.0} if teacher else {})
+    sums = {"entropy": float(rollout.entropy[mask].sum()), "all": float(mask.sum())} | ({"teacher_kl": 0.0} if teacher else {})
 
     def tally(part: dict[str, torch.Tensor]) -> None:
         for name, value in part.items():
@@ -138,16 +138,17 @@ def merged(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
     """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite."""
-    names = ["tokens", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    names = ["tokens", "all", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
              "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"] + ["teacher_kl"] * ("teacher_kl" in sums)
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
     largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
-    norm, tokens = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens")
+    norm, tokens, every = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens"), means.pop("all")
     finite = math.isfinite(norm) and math.isfinite(total)
     stepped = finite and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
     if stepped:
         optimizer.step()
     optimizer.zero_grad()
-    return {"loss": total, **{name: value / max(tokens, 1) for name, value in means.items()}, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
+    means = {name: value / max(every if name.startswith(("entropy", "clip_ratio")) else tokens, 1) for name, value in means.items()}
+    return {"loss": total, **means, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
             "skipped_step": float(not stepped), "nonfinite": float(not finite)}

@@ -86,7 +86,7 @@ def test_line_similarity_is_the_mean_ratio_of_the_best_teacher():
     assert similar("a b c d\ne f") == 1.0 and similar("x y\n\nz w\nu v\nmore") == 1.0 and similar("") == 0.0 and similar("q") == 0.0
     assert similar("a b\ne f") == pytest.approx((2 * 2 / 6 + 1) / 2)                   # 2 M / T of each line
     assert similar("x y") == pytest.approx(1 / 3)
-    assert reward.line_similarity(["", ""], ["a b c d\ne f", "k"], [teachers, []]) == [1.0, 0.0]
+    assert reward.line_similarity(["", ""], ["a b c d\ne f", "k"], [teachers, []]) == [1.0, None]
 
 
 def test_a_structure_reward_of_ones_own(data, tmp_path, monkeypatch):  # noqa: F811

@@ -411,6 +411,7 @@ PER_ROW = torch.ones(2)
     ("pass max_length", lambda: denominator(MASK, "fixed")),
     ("must be \\(N, T\\) bool", lambda: denominator(MASK.long())),
     ("needs ref_logp", lambda: grpo_loss(ROW, ROW, None, PER_ROW, MASK, PER_ROW, beta=0.1)),
+    ("ref_logp is", lambda: grpo_loss(ROW, ROW, ROW[:1], PER_ROW, MASK, PER_ROW)),
     ("denominator is", lambda: grpo_loss(ROW, ROW, None, PER_ROW, MASK, torch.ones(3))),
     ("denominator is", lambda: grpo_loss(ROW[0], ROW[0], None, ROW[0], MASK[0], PER_ROW)),
 ])

@@ -196,6 +196,56 @@ def test_logits_variant(device: str) -> None:
     assert (leaf.grad[4] == 0).all()
 
 
+def test_targets_and_logits_in_any_memory(device: str) -> None:
+    """A column of a table as targets; logits that repeat one row, whose gradient has to go into memory of its own."""
+    x, W, y = inputs(device=device)
+    column, a = torch.stack((y, y.flip(0), (y + 5) % len(W)), 1)[:, 0], rows_of(len(x), device=device)[0]
+    assert column.stride() == (3,)
+    for run in (lambda y: L.linear_logprob(x, W, y, T)[0], lambda y: L.linear_policy_loss(x, W, y, T, lambda logp, rows: (a[rows] * logp).sum())[1],
+                lambda y: L.logprob_from_logits(x @ W.T, y, T)):
+        assert torch.equal(run(column), run(y))
+    z = (x[:1] @ W.T).detach().requires_grad_()
+    want = torch.autograd.grad((a * torch.log_softmax(z.expand(len(y), -1) / T, -1).gather(1, y[:, None])[:, 0]).sum(), z)[0]
+    got = torch.autograd.grad((a * L.logprob_from_logits(z.expand(len(y), -1), y, T)).sum(), z)[0]
+    near(got, want)
+
+
+def test_logits_of_minus_infinity(device: str) -> None:
+    """A masked vocabulary: such a target has log-prob -inf, and every other gradient is finite."""
+    z = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).to(device)
+    z[:, 50:] = -torch.inf
+    y = torch.tensor([3, 60, 49], device=device)
+    leaf = z.clone().requires_grad_()
+    logp = L.logprob_from_logits(leaf * 1, y, T)
+    want = torch.log_softmax(z.double() / T, -1)
+    assert logp[1] == -torch.inf and torch.allclose(logp[[0, 2]].double(), want[[0, 2], y[[0, 2]]], atol=1e-5)
+    logp.sum().backward()
+    near(leaf.grad, (torch.nn.functional.one_hot(y, 70).double() - want.exp()) / T)
+
+
+def test_autocast_changes_nothing(device: str) -> None:
+    x, W, y = inputs(device=device)
+    x2, W2, _ = inputs(seed=3, device=device)
+    for call in (lambda: L.linear_logprob(x, W, y, T)[0], lambda: L.linear_policy_loss(x, W, y, T, lambda logp, rows: logp.square().sum())[0],
+                 lambda: L.linear_kl(x, W, x2, W2, T)):
+        want = call()
+        with torch.autocast(device, torch.bfloat16):
+            got = call()
+        assert torch.equal(got, want) and got.dtype == torch.float32
+        assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(got.sum(), (x, W)), torch.autograd.grad(want.sum(), (x, W)), strict=True))
+
+
+@pytest.mark.parametrize(("logits", "temperature", "says"), [
+    (torch.zeros(2, 5), 0.0, "temperature positive, not .* 0.0"), (torch.zeros(2, 5), -1.0, "temperature positive"), (torch.zeros(1, 2, 5), 1.0, r"\(N, V\).*\(1, 2, 5\)"),
+    (torch.zeros(5), 1.0, r"\(N, V\)"), (torch.zeros(2, 5).long(), 1.0, "int64"), (torch.zeros(2, 5).double(), 1.0, "float64")])
+def test_logits_that_cannot_be_are_refused(logits: Tensor, temperature: float, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        L.logprob_from_logits(logits, torch.zeros(2, dtype=torch.int64), temperature)
+    x, W, y = inputs()
+    with pytest.raises(ValueError, match="chunk must be positive"):
+        L.linear_policy_loss(x, W, y, T, lambda logp, rows: logp.sum(), chunk=0)
+
+
 def test_logits_gradient_takes_the_memory_of_the_logits(device: str) -> None:
     if not L._fused(torch.empty(1, device=device)):
         pytest.skip("the plain twin keeps the logits")
@@ -680,6 +730,19 @@ def test_half_precision_on_a_gpu(dtype: torch.dtype, N: int, D: int, V: int) -> 
         loss, _ = L.linear_policy_loss(x, W, y, T, lambda logp, rows: (a[rows] * logp).sum(), chunk)
         got = torch.autograd.grad(loss, (x, W))
         assert all(relative(g, w) < min(4e-3, 1.1 * relative(t, w)) for g, w, t in zip(got, want, eager, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_very_low_temperature_in_bf16_on_a_gpu() -> None:
+    """The anchor is a row dot of its own: rounded to bf16 it would be hundreds of log2 units off at this temperature, and every 2^d zero."""
+    x, W, _ = inputs(200, 256, 8001, device="cuda", dtype=torch.bfloat16)
+    y = (x @ W.T).argmax(1)
+    logp, entropy = L.linear_logprob(x, W, y, 1e-3)
+    want = torch.log_softmax(x.double() @ W.double().T / 1e-3, -1)
+    close(logp, want.gather(1, y[:, None])[:, 0], 1e-2)
+    loss, _ = L.linear_policy_loss(x, W, y, 1e-3, lambda logp, rows: logp.sum())
+    assert entropy.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, W)))
 
 
 @pytest.mark.gpu

@@ -142,6 +142,21 @@ def test_spreadless_groups_move_nothing(data):
     assert torch.equal(same, start) and not adv.any()
 
 
+def test_the_entropy_is_that_of_all_tokens_spreadless_groups_too(data):
+    """Two groups of which one moves nothing: whether --beta keeps its rows in the update says nothing of the entropy."""
+    model, tokenizer = load_model("toy/student")
+    prompts = [problem_ids(tokenizer, p) for p in make_problems(5, 2, 5, (2, 4)) for _ in range(2)]
+    seen = []
+    for beta in (0.0, 0.01):
+        rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate(prompts, 1, 12, 1.0, seed=0)
+        adv, scored = torch.tensor([1.0, -1.0, 0.0, 0.0]), torch.ones(4, dtype=torch.bool)
+        cfg = replace(config(data, "unused"), beta=beta)
+        ref = reference_logp(load_model("toy/student")[0], prompts, rollout, cfg) if beta else None
+        seen.append(train.update(model, ref, torch.optim.SGD(model.parameters(), lr=0.0), prompts, rollout, adv, scored, cfg))
+    wanted = float(rollout.entropy[rollout.mask].mean())
+    assert [m["entropy"] for m in seen] == pytest.approx([wanted] * 2, rel=1e-5) and wanted != pytest.approx(float(rollout.entropy[:2][rollout.mask[:2]].mean()), rel=1e-2)
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor had that an operation returned."""
     most = 0
@@ -210,6 +225,7 @@ def test_cursor_goes_through_every_problem_each_epoch():
 
 @pytest.mark.parametrize("text,finished,worth", [
     ("a</think>\n\\boxed{4}", True, 1), ("<think>a</think>\\boxed{4}", True, 1), ("a</think>\n\\boxed{4}", False, 0), ("a \\boxed{4}", True, 0),
+    ("a</think>\\boxed{4", True, 0), ("a</think>\\boxed{}", True, 0), ("a</think>\\fbox{4}", True, 1), ("a</think><answer>4</answer>", True, 0),
     ("a</think>4", True, 0), ("a</think>b</think>\\boxed{4}", True, 0), ("a<think>b</think>\\boxed{4}", True, 0)])
 def test_format_reward(text, finished, worth):
     assert reward.format_reward(text, finished) == worth
