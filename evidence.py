@@ -48,6 +48,8 @@ BEYOND = (   # what we asked besides, or added
     ("On a wording never seen, RLKD keeps what the base can do", "rlkd", "base", "other"),
     ("RLKD after SFT improves on that SFT student", "sft 512 -> rlkd", "sft 512", "sampled"),
     ("GRPO after SFT does", "sft 512 -> grpo", "sft 512", "sampled"),
+    ("After SFT, RLKD keeps what many samples find (pass@64 without guesses)", "sft 512 -> rlkd", "sft 512", "found@64"),
+    ("... and GRPO does", "sft 512 -> grpo", "sft 512", "found@64"),
     ("RLKD from the base beats RLKD after SFT", "rlkd", "sft 512 -> rlkd", "sampled"),
     ("The reward model's mistakes cost accuracy: true structure against GSRM", "rlkd, true structure", "rlkd", "sampled"),
     ("All teacher traces beat one", "rlkd", "rlkd, one teacher", "sampled"),
