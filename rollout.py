@@ -80,7 +80,7 @@ class Sampler:
             if len(prompt) + max_new_tokens > self.max_positions:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it passes the model's {self.max_positions} "
                                  "positions: shorten the prompt or lower max_new_tokens")
-        if temperature < 0 or not 0 < top_p <= 1 or group_size < 1 or max_new_tokens < 0:
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or group_size < 1 or max_new_tokens < 0:
             raise ValueError(f"{temperature=} must be >= 0, {top_p=} in (0, 1], {group_size=} >= 1, {max_new_tokens=} >= 0")
         rows = [(i, prompts[i], np.random.default_rng([seed, index[i], g]).random(max_new_tokens, dtype=np.float32) * (1 - 2**-20))
                 for i in range(len(prompts)) for g in range(group_size)]                                     # u < 1 also after rounding

@@ -133,7 +133,7 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
     def named(path: str) -> str:
         """The path and what makes its answers: a retrained model at the same path must not meet the old one's cache."""
         seen = hashlib.sha256()
-        for file in sorted(file for ending in ("safetensors", "json", "jinja", "model") for file in Path(path).glob(f"*.{ending}")):
+        for file in sorted(file for ending in ("safetensors", "bin", "json", "jinja", "model", "txt") for file in Path(path).glob(f"*.{ending}")):
             with file.open("rb") as content:
                 for place in range(0, size := file.stat().st_size, 1 << 16):
                     content.seek(place)

@@ -371,7 +371,7 @@ def test_a_prompt_that_does_not_fit_is_named() -> None:
     assert sampler.generate([[4] * 120], 1, 8, 1.0).lengths[0] <= 8  # exactly full
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         sampler.generate([[1], []], 1, 5, 1.0)
-    for wrong in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.1), dict(group_size=0), dict(max_new_tokens=-1)):
+    for wrong in (dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.1), dict(group_size=0), dict(max_new_tokens=-1)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             sampler.generate(PROMPTS, **{"group_size": 1, "max_new_tokens": 3, "temperature": 1.0, **wrong})
 
