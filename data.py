@@ -200,7 +200,7 @@ def one_line(path: str | Path) -> Iterator[None]:
     set_verbosity_error()                                # its report on the weights: load_model makes its own
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
         raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
     finally:
@@ -284,7 +284,7 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     try:
         text = (tokenizer.apply_chat_template(messages, chat_template=template_of(tokenizer), tokenize=False, add_generation_prompt=True) if tokenizer.chat_template
                 else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                  # jinja drops a template's last line end
-    except TemplateError as error:
+    except (TemplateError, TypeError, ArithmeticError) as error:
         raise ValueError(f"the chat template cannot make a prompt of one user turn ({error}): mend it, or take it out of the tokenizer's files") from None
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 

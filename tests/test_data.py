@@ -2,6 +2,7 @@
 import hashlib
 import json
 import runpy
+import shutil
 import sys
 from contextlib import nullcontext
 from datetime import datetime
@@ -504,3 +505,16 @@ def test_main_shows_what_a_model_will_read(tmp_path: Path, monkeypatch: pytest.M
             runpy.run_path(str(Path(__file__).parent.parent / "data.py"), run_name="__main__")
         out, err = capsys.readouterr()
         assert says in (err if flags else end.value.code) and out.startswith("1 problems, 2 teacher traces") == bool(flags)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] + 1 }}", "{{ 1 // 0 }}", "{{ nothing.there }}"])
+def test_a_template_or_a_tokenizer_file_that_is_broken_ends_in_one_line(template, tmp_path):
+    shutil.copytree("toy/student", tmp_path / "own")
+    file = tmp_path / "own/tiktoken.json"
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(spec | {"chat_template": template}), encoding="utf-8")
+    with pytest.raises(ValueError, match="the chat template cannot make a prompt"):
+        data.chat_ids(data.load_tokenizer(tmp_path / "own"), "hello")
+    file.write_text(json.dumps({"pattern": "."}), encoding="utf-8")
+    with pytest.raises(ValueError, match="own: cannot be loaded"):
+        data.load_tokenizer(tmp_path / "own")
