@@ -265,7 +265,7 @@ def kept(path: Path) -> list[dict]:
     if end < len(data) == path.stat().st_size:           # it has not grown since: nobody is just writing that line
         os.truncate(path, end)
     for line in data[:end].splitlines():                 # of bytes: only at line ends
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
@@ -281,8 +281,8 @@ class GSRM:
         self.generate, self.ask, self.name, self.normalize, self.min_words, self.stop = generate, judge, name, normalize, min_words, stop
         self.cache_path, self.judge_name = Path(cache_path) if cache_path else None, judge_name or name
         rows, self.stats = kept(self.cache_path) if self.cache_path else [], getattr(judge, "stats", Counter())
-        self.cache: dict[str, str] = {row["key"]: row["text"] for row in rows if "text" in row}
-        self.memo: dict[str, float] = {row["key"]: row["p"] for row in rows if "p" in row}
+        self.cache: dict[str, str] = {row["key"]: row["text"] for row in rows if {"key", "text"} <= row.keys()}
+        self.memo: dict[str, float] = {row["key"]: row["p"] for row in rows if {"key", "p"} <= row.keys()}
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
         """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody."""
@@ -311,7 +311,7 @@ class GSRM:
         if self.cache_path and fresh:
             self.cache_path.parent.mkdir(parents=True, exist_ok=True)
             with self.cache_path.open("ab", buffering=0) as file:
-                file.write("".join(json.dumps({"key": key, name: value}) + "\n" for key, value in fresh.items()).encode())
+                file.write("".join(json.dumps({"key": key, name: value}, default=float) + "\n" for key, value in fresh.items()).encode())
 
     def decompose(self, problems: list[str], traces: list[str]) -> list[list[Step] | None]:
         """The structure of each trace, its unfaithful steps left out; None where two attempts gave nothing that can be read."""
@@ -323,7 +323,7 @@ class GSRM:
         for _attempt in range(2):                        # for servers; a model in this process says the same again, unless its batch rounds otherwise
             todo, lost = [pt for pt, steps in found.items() if steps is None], set()
             self.stats["decompositions"] += len(todo)
-            for pt, text in zip(todo, self.generate([decompose_prompt(*pt) for pt in todo]) if todo else ()):
+            for pt, text in zip(todo, self.generate([decompose_prompt(*pt) for pt in todo]) if todo else (), strict=True):
                 parsed = parse_steps(said := (text or "").rpartition("</think>")[2])                     # what a model thinks first is not its answer
                 if text is None:
                     lost.add(pt)

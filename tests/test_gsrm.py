@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -948,3 +949,15 @@ def test_one_number_written_in_two_ways_is_not_judged_different(a: str, b: str) 
 
 def test_exact_judge() -> None:
     assert exact_judge([("meta", "A b", " a\nB "), ("query", "a", "a b"), ("answer", "", " ")]) == [1.0, 0.0, 1.0]
+
+
+def test_a_judge_of_numpy_numbers_and_a_cache_with_odd_lines(tmp_path: Path) -> None:
+    """Numbers that JSON does not know are kept as numbers; lines that are no line of this cache are passed over; texts that are too few are an error, not unreadable traces."""
+    cache = tmp_path / "cache.jsonl"
+    cache.write_text('{"text": "x"}\n{"p": 1}\n' + "[" * 100_000 + '\n{"key": "k", "text": "t"}\n')
+    judge = lambda pairs: [np.float32(p) for p in exact_judge(pairs)]
+    first = GSRM(Reader(), judge, cache)(["p"], [text_of(OTHER)], [[T]])
+    again = GSRM(Reader(), lambda pairs: pytest.fail("what is kept was asked again"), cache)
+    assert again(["p"], [text_of(OTHER)], [[T]])[0].value == first[0].value and again.cache["k"] == "t"
+    with pytest.raises(ValueError, match="shorter"):
+        GSRM(lambda prompts: [], exact_judge)(["p"], [T], [[T]])
