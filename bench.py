@@ -60,6 +60,7 @@ class Row:
     loss: Callable[[Case], Tensor] | None = None
     bare: tuple[str, str] | None = None
     comparable: bool = True
+    products: int = 3                                                               # (N, D) x (D, V) that a step needs
 
     def forward(self, case: Case) -> Tensor | None:
         with torch.no_grad():
@@ -75,7 +76,7 @@ class Row:
 def rows() -> list[Row]:
     compiled = torch.compile(peers.from_logits, dynamic=False)
     return [Row("ours A", peers.ours_a), Row("ours B", loss=peers.ours_b), Row("ours B, chunk 4096", loss=partial(peers.ours_b, chunk=4096)),
-            Row("ours B, frozen head", loss=partial(peers.ours_b, frozen=True)), Row("ours from logits", peers.ours_from_logits),
+            Row("ours B, frozen head", loss=partial(peers.ours_b, frozen=True), products=2), Row("ours from logits", peers.ours_from_logits),
             Row("torch eager", peers.eager), Row("torch.compile", lambda c: compiled(c.hidden, c.weight, c.targets, c.temperature)),
             Row("torch chunked 1024", peers.chunked),
             Row("torch linear_cross_entropy", peers.torch_linear_cross_entropy), Row("Liger scaled CE (SM90)", peers.liger_scaled),
@@ -159,11 +160,10 @@ def measure(case: Case, implementations: list[Row], rounds: int) -> None:
                 raise
             cells[""] = "absent" if isinstance(error, ImportError) else f"failed: {type(error).__name__}: {' '.join(str(error).split())[:60]}"
     if case.hidden.is_cuda:
-        needed = 2 * case.hidden.numel() * len(case.weight)
-        for runs, factor, prefix in ((forwards, 1, ""), (steps, 3, "step ")):
+        product, needed = 2 * case.hidden.numel() * len(case.weight), {row.name: row.products for row in implementations}
+        for runs, prefix in ((forwards, ""), (steps, "step ")):
             for name, ms in milliseconds(runs, case, rounds).items():
-                products = factor - bool(prefix and "frozen head" in name)              # a frozen head wants one matrix product less
-                table[name][prefix + "ms"], table[name][prefix + "TF/s"] = f"{ms:.2f}", f"{products * needed / ms / 1e9:.0f}"
+                table[name][prefix + "ms"], table[name][prefix + "TF/s"] = f"{ms:.2f}", f"{(needed[name] if prefix else 1) * product / ms / 1e9:.0f}"
     header = next(iter(table.values()))
     print(f"| {'':26} | " + " | ".join(f"{h:>9}" for h in header) + " |")
     print("|---" * (len(header) + 1) + "|")

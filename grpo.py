@@ -92,12 +92,16 @@ def combine_advantages(rewards: dict[str, Tensor], weights: dict[str, float], sc
 
 # ---- the loss: (N, T) padded rows, or (n,) valid tokens in one flat vector
 
+def _same_tokens(logp: Tensor, ref_logp: Tensor) -> None:
+    if logp.shape != ref_logp.shape:
+        raise ValueError(f"ref_logp is {tuple(ref_logp.shape)}, logp is {tuple(logp.shape)}: score the same tokens with both models")
+
+
 def kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """Per-token estimate of KL(policy || ref) on samples of the policy (joschu.net/blog/kl-approx.html): k1 and k3 unbiased, k2 and k3 never negative.
     As a loss, samples held fixed, the expected gradient of k1 is 0 (noise only), of k2 grad KL(policy || ref), of k3 grad KL(ref || policy)."""
     _one_of("kind", kind, ("k1", "k2", "k3"))
-    if logp.shape != ref_logp.shape:
-        raise ValueError(f"ref_logp is {tuple(ref_logp.shape)}, logp is {tuple(logp.shape)}: score the same tokens with both models")
+    _same_tokens(logp, ref_logp)
     d = ref_logp - logp
     if kind == "k1":
         return -d
@@ -153,11 +157,10 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     per-token advantages and denominator. A metric ending in /max reduces by max, any other by sum, then divides by "tokens" (TRL's names)."""
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp: score the tokens with the frozen reference model, or set beta to 0")
-    if ref_logp is not None and ref_logp.shape != logp.shape:
-        raise ValueError(f"ref_logp is {tuple(ref_logp.shape)}, logp is {tuple(logp.shape)}: score the same tokens with both models")
     terms, ratio = policy_terms(logp, old_logp, advantages, mask, clip_low, clip_high, level)
     metrics = {"tokens": mask.sum()}
     if ref_logp is not None:
+        _same_tokens(logp, ref_logp)                                 # before where(), which would broadcast it
         token_kl = kl(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0), kl_kind)
         metrics["kl"] = token_kl.detach().sum()
         if beta != 0:
