@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
@@ -104,12 +105,25 @@ def picture_file(text: str) -> Path:
     return path if path.suffix else path.with_name(path.name + ".png")
 
 
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A decoder's hook: a JSON object as a dict; ValueError where a field stands in it twice, of which json would take the last one silently."""
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError(f"the field {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands there twice")
+    return record
+
+
+def decoded(line: bytes, where: object) -> object:
+    """What a line, or a file, of JSON in UTF-8 says; ValueError names the place `where` it is none."""
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{where}: not valid JSON ({why})") from None
+
+
 def read_record(path: Path, *names: str) -> dict:
     """The JSON object in a file; ValueError names the file where it is none, or lacks one of the fields `names`."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    record = decoded(path.read_bytes(), path)
     if not isinstance(record, dict) or (missing := [name for name in names if name not in record]):
         raise ValueError(f"{path}: expected a JSON object" + (f" with the field {missing[0]!r}" if isinstance(record, dict) else ""))
     return record
@@ -143,7 +157,7 @@ def log_lines(file: Path) -> Iterator[tuple[bytes, dict]]:
     """(line, its JSON object) of a run's log. A last line without its end, torn by a kill or just being written, is left out; ValueError names any other that is no step's."""
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row = decoded(line, file)
         except ValueError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):

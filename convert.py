@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from command import Parser, at_least, in_one_line
+from command import Parser, at_least, in_one_line, unique
 from data import INSTRUCTION, check_record, load_problems, split_completion
 from grade import final_answer
 
@@ -136,7 +136,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
         rows: object = path.read_bytes().split(b"\n") if path.suffix in (".json", ".jsonl") else None
         if path.suffix == ".json":
             try:
-                rows = json.loads(b"\n".join(rows))
+                rows = json.loads(b"\n".join(rows), object_pairs_hook=unique)
                 rows = rows.get("rows") if isinstance(rows, dict) else rows
             except json.JSONDecodeError as error:
                 if error.msg != "Extra data":                            # JSONL, as many a .json is
@@ -162,7 +162,7 @@ def source_rows(source: str) -> Iterator[tuple[str, object]]:
 
 def decoded(row: object) -> Row:
     """The row as a dict, taken out of the datasets server's {"row_idx", "row", "truncated_cells"}; ValueError where it is none, or was cut off there."""
-    outer = json.loads(row) if isinstance(row, bytes) else row
+    outer = json.loads(row, object_pairs_hook=unique) if isinstance(row, bytes) else row
     inner = outer["row"] if isinstance(outer, dict) and "row" in outer else outer
     if not isinstance(inner, dict):
         raise ValueError(f"expected a JSON object, got {type(inner).__name__}")

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from command import Parser, ending, put_aside, tell
+from command import Parser, decoded, ending, put_aside, tell
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
 DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
@@ -77,10 +77,9 @@ def read_jsonl(path: str | Path, bad: list[str] | None = None) -> list[tuple[str
     for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):          # not splitlines: U+2028 is no line end in JSON
         if line.strip():
             try:
-                rows.append((f"{path}:{number}", json.loads(line.decode("utf-8"))))
-            except (ValueError, RecursionError) as error:
-                why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                put_aside(f"{path}:{number}: not valid JSON ({why})", bad)
+                rows.append((where := f"{path}:{number}", decoded(line, where)))
+            except ValueError as error:
+                put_aside(str(error), bad)
     return rows
 
 

@@ -33,11 +33,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from command import ConfigParser, Parser, ending, flag, picture_file, read_record, write_aside, write_record, writing
 from data import Problem, Tokenizer, append_jsonl, file_hash, load_model, load_problems, load_tokenizer, problem_ids, split_completion, stop_and_pad_ids, whole_turns, write_jsonl
+from generations import read_generations, rows_to_show, settings_path, show, structure_fields
 from grade import final_answer, grade, grade_all, pass_at_k  # noqa: F401  (grade and pass_at_k are part of what eval offers)
 from gsrm import GSRM
 from plan import CACHE_GB, sampler_of
 from plots import plot, rollout_picture, small_multiples
-from report import compare, correlation, print_structure, print_table, read_generations, rows_to_show, settings_path, show, summary
+from report import compare, correlation, print_structure, print_table, summary
 from rollout import Sampler
 from scorer import load_function, load_gsrm, true_structure
 
@@ -68,20 +69,32 @@ def by_vllm(path: str, tokenizer: Tokenizer, k: int, temperature: float, top_p: 
     return draw
 
 
+def structures(gsrm: GSRM | None, problems: list[Problem], texts: list[str]) -> list[dict]:
+    """What a row keeps of how its completion followed the teacher; nobody is asked without a reward model or without the problem's teacher traces."""
+    taught = [n for n, p in enumerate(problems) if p.teachers] if gsrm else []
+    scores = dict(zip(taught, gsrm([problems[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught],
+                                   [list(problems[n].teachers) for n in taught]))) if taught else {}
+    return [{"structure": scores[n].value if n in scores else None, **structure_fields(scores.get(n))} for n in range(len(texts))]
+
+
 def scored_rows(tokenizer: Tokenizer, problems: list[Problem], index: list[int], drawn: list[tuple[list[int], bool]], temperature: float, seed: int,
                 gsrm: GSRM | None, truth: Callable | None) -> list[dict]:
     """What is stored of each completion: where it came from, what it says, what it is worth."""
     k = len(drawn) // len(problems)
     of_row, texts = [p for p in problems for _ in range(k)], whole_turns(tokenizer, [ids for ids, _ in drawn])
-    right, true = grade_all(texts, [p.answer for p in of_row]), true_structure(truth, of_row, texts)
-    taught = [n for n, p in enumerate(of_row) if p.teachers] if gsrm else []
-    scores = dict(zip(taught, gsrm([of_row[n].problem for n in taught], [split_completion(texts[n])[0] for n in taught],
-                                   [list(of_row[n].teachers) for n in taught]))) if taught else {}
+    right, true, structure = grade_all(texts, [p.answer for p in of_row]), true_structure(truth, of_row, texts), structures(gsrm, of_row, texts)
     return [{"id": p.id, "index": index[n // k], "sample": n % k, "seed": seed, "temperature": temperature, "correct": right[n], "answer": final_answer(texts[n]), "gold": p.answer,
-             "length": len(drawn[n][0]), "stop": "stop" if drawn[n][1] else "length", "structure": scores[n].value if n in scores else None, "true_structure": true[n],
-             "left_at": scores[n].left_at if n in scores else None, "choices": scores[n].choices if n in scores else None, "text": texts[n], "problem": p.problem,
-             "steps": [[s.meta, s.query, s.answer, e] for s, e in zip(scores[n].structure, scores[n].steps)] if n in scores else None, "tokens": drawn[n][0]}
-            for n, p in enumerate(of_row)]
+             "length": len(drawn[n][0]), "stop": "stop" if drawn[n][1] else "length", "true_structure": true[n], **structure[n], "text": texts[n], "problem": p.problem,
+             "tokens": drawn[n][0]} for n, p in enumerate(of_row)]
+
+
+def score_again(rows: list[dict], gsrm: GSRM | None, problems: list[Problem]) -> list[dict]:
+    """Asks once more for the structure of stored completions that have none although their problem has teacher traces: the reward model had failed. -> these rows."""
+    of = {p.id: p for p in problems if p.teachers and gsrm}
+    lost = [row for row in rows if row["structure"] is None and row["id"] in of]
+    for row, fields in zip(lost, structures(gsrm, [of[row["id"]] for row in lost], [row["text"] for row in lost])):
+        row |= fields
+    return lost
 
 
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[Problem], k: int, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0,
@@ -193,6 +206,9 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
     truth = load_function(config.truth) if config.truth else None
     k = config.k if config.temperature else 1
     rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts, gsrm), k) if out else []
+    if out and (lost := score_again(rows, gsrm, problems)):
+        write_aside(out, lambda file: write_jsonl(file, rows))
+        print(f"{len(lost)} completions in {out} had no structure reward and were scored again: now {sum(row['structure'] is None for row in lost)} have none")
     there = {row["id"] for row in rows}
     todo = [i for i, p in enumerate(problems) if p.id not in there]
     print(f"{len(problems)} problems x {k} samples, temperature {config.temperature}, top-p {config.top_p}, up to {budget} new tokens"

@@ -189,8 +189,6 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: b
 NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|infty|sin|cos|tan|log|ln|[%{},!])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[-0-9+*/^(){}\[\].,%$ ])+")
 # what a reader of LaTeX takes otherwise than its writer may have meant: 2 1/2, 3(4), 3/4x, \sqrt 12, 2^3^2, and 1,5
 DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
-
-
 THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
 
@@ -285,7 +283,9 @@ class GSRM:
         self.memo: dict[str, float] = {row["key"]: row["p"] for row in rows if {"key", "p"} <= row.keys()}
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
-        """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody."""
+        """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody. ValueError where the lists differ in length."""
+        if not len(problems) == len(traces) == len(teacher_traces):
+            raise ValueError(f"{len(problems)} problems, {len(traces)} traces, {len(teacher_traces)} lists of teacher traces: one of each is needed per completion")
         started = time.time()
         teachers = self.teachers(problems := [getattr(p, "problem", p) for p in problems], teacher_traces)
         asked = [n for n, trace in enumerate(traces) if len(words(trace)) >= self.min_words]

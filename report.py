@@ -3,17 +3,16 @@
 Metric names are TRL's. A mean is over the completions of a step; what could not be scored or graded is left out of it and counted. In an evaluation the
 problems are the clusters: a figure is the mean over problems of each problem's own mean, its interval comes from their spread. Pictures are in plots.py.
 """
-import json
 import math
-import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from command import read_record
 from data import Problem, read_jsonl
+from generations import flags_of, read_generations, show, structure_fields
 from grade import majority_at_k, mean_interval, paired_bootstrap, pass_at_k
 from gsrm import Score
 from plots import pass_curves
@@ -24,14 +23,9 @@ from rollout import Rollout
 def rollout_rows(step: int, problems: list[Problem], texts: list[str], rollout: Rollout, rewards: dict[str, list[float | None]], scores: list[Score | None],
                  adv: list[float], truth: list[float | None], group_size: int) -> list[dict]:
     """What rollouts.jsonl keeps of each completion."""
-    def read(score: Score | None) -> dict:
-        if score is None:
-            return dict.fromkeys(("steps", "choices", "left_at", "trace"))
-        earned = score.steps or [0.0] * len(score.structure)
-        return {"steps": [[s.meta, s.query, s.answer, e] for s, e in zip(score.structure, earned)], "choices": score.choices, "left_at": score.left_at, "trace": score.trace}
     return [{"step": step, "id": p.id, "sample": n % group_size, "problem": p.problem, "gold": p.answer, "text": texts[n], "length": int(rollout.lengths[n]),
              "stop": "stop" if rollout.finished[n] else "length", "rewards": {name: values[n] for name, values in rewards.items()}, "advantage": adv[n],
-             "true_structure": truth[n], **read(scores[n])} for n, p in enumerate(problems)]
+             "true_structure": truth[n], **structure_fields(scores[n])} for n, p in enumerate(problems)]
 
 
 def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: int) -> dict[str, float]:
@@ -104,7 +98,7 @@ def summary(rows: list[dict]) -> dict[str, Interval]:
     graded = [g for g in groups if all(r["correct"] is not None for r in g)]
     for j in sizes if graded and k > 1 else ():
         out[f"pass@{j}"] = interval(np.array([pass_at_k(len(g), sum(r["correct"] for r in g), j) for g in graded]))
-    for j in sizes[1:] if "answer" in rows[0] else ():
+    for j in sizes[1:] if all("answer" in r for r in rows) else ():
         out[f"maj@{j}"] = interval(np.array([majority_at_k([r["answer"] for r in g], [r["correct"] for r in g], j) for g in groups]))
     for name in ("structure", "true_structure"):
         if any(r[name] is not None for r in rows):
@@ -152,14 +146,15 @@ def structure_report(rows: list[dict]) -> tuple[dict[str, Interval], list[dict]]
 
 
 def print_structure(rows: list[dict]) -> None:
-    """structure_report in words and bars."""
-    scored = [row for row in rows if row["structure"] is not None]
+    """structure_report in words and bars; what failed is counted by its reason, apart from samples of problems without teacher traces."""
+    scored, failed = [row for row in rows if row["structure"] is not None], Counter(row["reason"] for row in rows if row["structure"] is None and row.get("reason"))
+    why = f"{failed.total()} samples could not be scored: {', '.join(f'{reason} {count}' for reason, count in failed.most_common())} (the same command tries them again)"
     if not scored:
-        return print("structure: no sample could be scored (are there teacher traces in the data?)")
+        return print(f"structure: {why if failed else 'no problem has teacher traces'}")
     figures, steps = structure_report(rows)
     never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
-    rest = f", {len(rows) - len(scored)} unscored or without" * (len(rows) > len(scored))
-    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces{rest}")
+    without = len(rows) - len(scored) - failed.total()
+    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + f", {without} without" * bool(without) + f"\n{why}" * bool(failed))
     for name, (mean, low, high, error) in figures.items():
         print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
@@ -171,30 +166,7 @@ def print_structure(rows: list[dict]) -> None:
     print(f"{'never left':<41}{bar(never)}")
     print(f"{'no steps':<41}{bar(empty)}\n" if empty else "")
 
-# ------------------------------------------------------------------------------------------------ stored generations
-
-FIELDS = ("id", "sample", "temperature", "correct", "structure", "true_structure", "length", "stop", "text")
-
-
-def read_generations(path: str | Path) -> list[dict]:
-    """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one, or a sample that is there already."""
-    if not Path(path).is_file():
-        raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
-    rows, seen = read_jsonl(path), {}
-    for where, row in rows:
-        if not isinstance(row, dict) or (missing := [name for name in FIELDS if name not in row]):
-            raise ValueError(f"{where}: not a generation" + (f", it has no {missing[0]!r}" if isinstance(row, dict) else "") + ": give a file that eval.py wrote (--out)")
-        if (before := seen.setdefault((what := f"problem {row['id']!r}, sample {row['sample']!r}", not row["temperature"]), where)) != where:
-            raise ValueError(f"{where}: {what} is in {before} already, and mean@k and pass@k would count it twice: take one of them out, or evaluate again with another --out")
-    if not rows:
-        raise ValueError(f"{path}: holds no generations")
-    return [row for _, row in rows]
-
-
-def settings_path(out: Path) -> Path:
-    """Where the settings of the generations in `out` stand."""
-    return out.with_name(out.name.removesuffix(".jsonl") + ".settings.json")
-
+# ------------------------------------------------------------------------------------------------ two evaluations
 
 def samples_each(path: str, rows: list[dict]) -> int:
     """k, the same for each problem; ValueError where it is not."""
@@ -228,7 +200,7 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
     """Prints both files' figures and second - first by the paired bootstrap over the problems that both hold, and draws both pass@k curves into `picture` (default: beside
     the second file); -> metric -> paired_bootstrap's figures."""
     paths, sides, differences, tables = (first, second), [read_generations(path) for path in (first, second)], {}, [{}, {}]
-    records = [read_record(record, "config")["config"] if (record := settings_path(Path(path))).is_file() else {} for path in paths]
+    records = [flags_of(Path(path)) for path in paths]
     for name in records[0] if all(records) else ():
         if name not in ("model", "data", "limit", "k", "device") and records[0][name] != records[1].get(name):
             print(f"note: --{name} was {records[0][name]!r} in {first}, {records[1].get(name)!r} in {second}")
@@ -246,12 +218,13 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
         for metric, key in measures.items():
             a, b = (problem_means(side, lambda row, key=key: row[key]) for side in rows)
             problems = int((~np.isnan(a - b)).sum())
-            if key == "correct" or problems >= 2:
+            if problems >= 2:
                 differences[metric] = paired_bootstrap(b, a) | {"problems": problems}
             else:
-                print(f"note: {metric}: scored on both sides for {problems} problem(s) only, so it is not compared")
+                print(f"note: {metric}: {'graded' if key == 'correct' else 'scored'} on both sides for {problems} problem(s) only, so it is not compared")
     if not differences:
-        raise ValueError(f"{first} and {second}: one holds greedy completions, the other sampled ones; there is nothing to compare")
+        raise ValueError(f"{first} and {second}: there is nothing to compare: " + ("a comparison needs two problems or more that are graded, or scored, on both sides"
+                         if any(tables) else "one holds greedy completions, the other sampled ones"))
     labels = ["A " + Path(first).stem, "B " + Path(second).stem]
     print_table(dict(zip(labels, tables)), errors=True)
     print("\nB - A, paired by problem (bootstrap over problems)")
@@ -267,68 +240,7 @@ def compare(first: str, second: str, picture: Path | None = None) -> dict[str, d
         print(f"wrote {picture}")
     return differences
 
-# ------------------------------------------------------------------------------------------------ single completions
-
-COLORS = {"+": "\033[32m", "~": "\033[33m", "x": "\033[31m", "?": "\033[2m"}
-
-
-def show(row: dict, color: bool = False) -> str:
-    """One completion, of an evaluation or of training, with the steps that GSRM read in it, each marked by what it earned and where it left the teacher's branch.
-    Control characters in a model's text do not reach the terminal."""
-    plain = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
-    rewards = row.get("rewards") or {"structure": row.get("structure")}
-    lines = [plain(f"step {row.get('step')} " * ("step" in row) + f"problem {row['id']} sample {row['sample']} ")] if "sample" in row else []
-    lines += [plain(row["problem"]), "", ] if "problem" in row else []
-    lines += [plain(row["text"].strip()), ""]
-    for i, (meta, query, answer, earned) in enumerate(row["steps"] or []):
-        mark = "?" if rewards.get("structure") is None else "+" if earned == 1 else "~" if earned else "x"
-        line = f"  {mark} {earned:4.2f}  {plain(meta):<16} {plain(query):<16} {plain(answer)}"
-        if mark == "~" and row.get("choices"):
-            line += "   (sub-problem and answer differ)" if earned < 0.5 else "   (answer differs)" if row["choices"][i] else "   (sub-problem differs)"
-        line += "   <- left the teacher's branch" if i == row["left_at"] else ""
-        lines.append(COLORS[mark] + line + "\033[0m" if color else line)
-    if "rewards" in row:
-        parts = [f"{name} {'unscored' if value is None else f'{value:.2f}'}" for name, value in rewards.items()]
-        parts += [f"true structure {row['true_structure']:.2f}"] if row["true_structure"] is not None else []
-        parts += [f"advantage {row['advantage']:+.2f}", "stopped by itself" if row["stop"] == "stop" else "cut off at the limit", f"{row['length']} tokens"]
-        return "\n".join([*lines, plain("  " + ", ".join(parts) + (f", gold answer {row['gold']}" if "gold" in row else ""))])
-    verdict = {True: "right", False: "wrong", None: "not graded"}[row["correct"]]
-    return "\n".join([*lines, plain(f"  structure reward {row['structure']}, true {row['true_structure']}, answer {row['answer']} ({verdict})")])
-
-
-def rows_to_show(path: Path, step: int | None, problem: str | None, sample: int | None) -> list[dict]:
-    """Completions of a training run's folder (its rollouts.jsonl, the last step or the given one) or of a file of generations: those of `problem` and `sample`,
-    without either the best, the middle and the worst by advantage. The file is read line by line: a long run's is large. ValueError where there is none."""
-    file = path / "rollouts.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no rollouts at {file}: give the folder that train.py wrote (--out), or a file of eval.py")
-    kept, seen = [], set()
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if line.endswith("\n"):
-                    raise ValueError(f"{file}:{number}: not valid JSON ({error.msg})") from None
-                break                                    # the line that a run is writing just now
-            if not isinstance(row, dict) or not {"id", "sample", "text", "steps", "left_at"} <= set(row):
-                raise ValueError(f"{file}:{number}: not a completion: give the folder that train.py wrote (--out), or a file of eval.py")
-            seen.add(row.get("step"))
-            if step is None and kept and row.get("step") != kept[-1].get("step"):
-                kept = []                                # a later step has begun
-            if step is None or row.get("step") == step:
-                kept.append(row)
-    if not kept:
-        raise ValueError(f"{file}: no step {step}; it holds " + (f"steps {min(seen)} to {max(seen)}" if seen - {None} else "no training steps" if seen else "nothing"))
-    chosen = [row for row in kept if problem in (None, row["id"]) and sample in (None, row["sample"])]
-    if not chosen:
-        there = ", ".join(dict.fromkeys(row["id"] for row in kept))[:400]
-        raise ValueError(f"{file}: no such completion; problems there: {there}, samples 0 to {max(row['sample'] for row in kept)}")
-    if problem is None and sample is None:
-        chosen.sort(key=lambda row: -next((float(row[name]) for name in ("advantage", "structure", "correct") if row.get(name) is not None), 0.0))
-        chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
-    return chosen
-
+# ------------------------------------------------------------------------------------------------ the end of a run
 
 def print_end(out: Path) -> None:
     """The table before -> after of a finished run, one rollout with its steps marked, and the files it wrote."""

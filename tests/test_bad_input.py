@@ -142,7 +142,7 @@ BAD = [   # command line, what its one line has to say
     ("eval.py compare {w}/rows.jsonl {w}/others.jsonl", "share no problem id"),
     ("eval.py compare {w}/rows.jsonl {w}/uneven.jsonl", "problem b has 1 samples, others have 2"),
     ("eval.py show {w}/run --step 99", "no step 99; it holds steps 1 to 1"),
-    ("eval.py show {w}/latin1.jsonl", "latin1.jsonl:1: not a completion"),
+    ("eval.py show {w}/latin1.jsonl", "latin1.jsonl:1: not valid JSON"),
     ("eval.py plot {w}/nowhere", "give the folder that train.py wrote (--out)"),
     ("eval.py plot {w}/run --out {w}/run", "--out: {w}/run is a folder: name a file for the picture, such as {w}/run/curve.png"),
     ("eval.py compare {w}/rows.jsonl {w}/rows.jsonl --plot {w}/run", "--plot: {w}/run is a folder: name a file"),

@@ -62,6 +62,12 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
     assert read_record(tmp_path / "run.json", "data")["steps"] == 2 and [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_field_that_stands_twice_in_a_record_is_named(tmp_path):
+    (tmp_path / "run.json").write_text('{"a": {"steps": 1, "steps": 2}}')
+    with pytest.raises(ValueError, match=r"run.json: not valid JSON \(the field 'steps' stands there twice\)"):
+        read_record(tmp_path / "run.json")
+
+
 def test_a_lock_on_a_file_that_its_owner_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
     import fcntl
     place, real, calls = tmp_path / ".rows.lock", fcntl.flock, []

@@ -232,9 +232,10 @@ def test_a_bad_row_stops_everything_and_is_named(tmp_path: Path, capsys: pytest.
 
 def test_a_line_that_is_not_json_is_one_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    for broken in (b"{'question': 1}", json.dumps(GSM).encode()[:-1], json.dumps(GSM).encode() * 2, b'{"question": "\xff\xfe"}'):
+    twice = json.dumps(GSM).encode()[:-1] + b', "answer": "#### 5"}'
+    for broken in (b"{'question': 1}", json.dumps(GSM).encode()[:-1], json.dumps(GSM).encode() * 2, b'{"question": "\xff\xfe"}', twice):
         source.write_bytes(json.dumps(GSM).encode() + b"\n\n" + broken + b"\n" + json.dumps({**GSM, "question": "line\u2028end?"}, ensure_ascii=False).encode() + b"\r\n")
-        assert re.match(re.escape(f"{source}, row 3: ") + "(not valid JSON: |.*codec can't decode)", refused("gsm8k", source, out))
+        assert re.match(re.escape(f"{source}, row 3: ") + "(not valid JSON: |.*codec can't decode|the field 'answer' stands there twice)", refused("gsm8k", source, out))
         assert [(p.id, p.problem) for p in run("gsm8k", source, out, "--skip_bad", "--overwrite")] == [("gsm8k-1", GSM["question"]), ("gsm8k-3", "line\u2028end?")]
         out.unlink()
     assert "1 bad rows" in capsys.readouterr().out

@@ -98,6 +98,7 @@ def test_good_lines(tmp_path: Path) -> None:
     ({**GOOD, "problem": "half a pair \ud800"}, "field 'problem' must be a non-empty string, got 'half a pair \\ud800' (surrogates not allowed)"),
     ({**GOOD, "teachers": ["\udc00"]}, "field 'teachers' must be a list of non-empty strings"),
     ("[" * 100_000, "not valid JSON (maximum recursion depth"),
+    (json.dumps(GOOD)[:-1] + ', "answer": "5"}', "not valid JSON (the field 'answer' stands there twice)"),
 ])
 def test_a_bad_line_is_named_with_file_line_and_field(tmp_path: Path, line: dict | str, message: str) -> None:
     path = file_of(tmp_path, {**GOOD, "id": "first"}, "", line, {**GOOD, "id": "last"})

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import generations
 import plan
 import plots
 import report
 import toy
 from data import load_model, load_problems, problem_ids, read_jsonl, stop_and_pad_ids
-from gsrm import exact_judge, structure_rewards
+from gsrm import GSRM, exact_judge, reading_rule, structure_rewards
 from rollout import Sampler
 
 ROOT = Path(evaluation.__file__).parent
@@ -112,6 +113,36 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, small_waves, left, capsys):
     evaluation.main(replace(CONFIG, out=str(out)))
     assert small_waves == todo and out.read_text() == whole and sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl", "rows.settings.json"]
     assert capsys.readouterr().out.partition("mean@3")[2] == table
+
+
+def test_what_an_outage_left_unscored_is_scored_by_the_same_command(tmp_path, small_waves, capsys, monkeypatch):
+    """Nothing is sampled again, only what has no reward is asked for, and the file is as if there had been no outage."""
+    read, up, asked = reading_rule(toy.read), set(range(3)), []
+
+    def generate(prompts: list[str]) -> list[str | None]:
+        asked.append(len(prompts))
+        return [text if n in up or "all" in up else None for n, text in enumerate(read(prompts))]
+    monkeypatch.setattr(evaluation, "load_gsrm", lambda *args, **more: GSRM(generate, exact_judge, None, "stub", min_words=0))
+    config = replace(CONFIG, k=1, gsrm="toy:read", max_new_tokens=60)
+    up.add("all")
+    evaluation.main(replace(config, out=str(tmp_path / "whole.jsonl")))
+    up.clear()
+    said = capsys.readouterr().out
+    assert "could not be scored" not in said
+    small_waves.clear()
+    evaluation.main(replace(config, out=str(tmp_path / "rows.jsonl")))
+    said, rows = capsys.readouterr().out, [r for _, r in read_jsonl(tmp_path / "rows.jsonl")]
+    assert "structure: 5 samples could not be scored: not decomposed 5 (the same command tries them again)" in said and {r["reason"] for r in rows} == {"not decomposed"}
+    assert small_waves and all(r["structure"] is None and r["correct"] is not None for r in rows)
+    up.add("all")
+    small_waves.clear()
+    asked.clear()
+    evaluation.main(replace(config, out=str(tmp_path / "rows.jsonl")))
+    assert "5 completions in " in (said := capsys.readouterr().out) and "were scored again: now 0 have none" in said and not small_waves
+    assert (tmp_path / "rows.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    asked.clear()
+    evaluation.main(replace(config, out=str(tmp_path / "rows.jsonl")))
+    assert not asked and "scored again" not in capsys.readouterr().out
 
 
 def test_generations_cut_at_any_byte_are_gone_on_with(tmp_path):
@@ -289,7 +320,7 @@ def test_rescore_grades_again_and_says_what_changed(tmp_path, capsys):
 
 
 def test_show_marks_each_step_and_where_it_left():
-    text = report.show({"problem": "P?", "text": " trace</think>4", "answer": "4", "correct": True, "structure": 0.375, "true_structure": 0.375, "left_at": 2,
+    text = generations.show({"problem": "P?", "text": " trace</think>4", "answer": "4", "correct": True, "structure": 0.375, "true_structure": 0.375, "left_at": 2,
                         "steps": [["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5], ["m3", "q3", "a3", 0.0]]})
     lines = [line.split() for line in text.splitlines() if line.startswith("  ") and "reward" not in line]
     assert [line[0] for line in lines] == ["+", "~", "x"] and "left the teacher's branch" in text.splitlines()[-2]

@@ -961,3 +961,10 @@ def test_a_judge_of_numpy_numbers_and_a_cache_with_odd_lines(tmp_path: Path) -> 
     assert again(["p"], [text_of(OTHER)], [[T]])[0].value == first[0].value and again.cache["k"] == "t"
     with pytest.raises(ValueError, match="shorter"):
         GSRM(lambda prompts: [], exact_judge)(["p"], [T], [[T]])
+
+
+@pytest.mark.parametrize("problems, traces, teachers, counts", [
+    (["p"], [T, T], [[T]], "1 problems, 2 traces, 1 lists"), (["p", "q"], [T], [[T], [T]], "2 problems, 1 traces, 2 lists"), (["p"], [T], [], "1 problems, 1 traces, 0 lists")])
+def test_lists_of_other_lengths_are_not_cut_to_the_shortest(problems: list[str], traces: list[str], teachers: list[list[str]], counts: str) -> None:
+    with pytest.raises(ValueError, match=f"{counts} of teacher traces: one of each is needed per completion"):
+        GSRM(lambda prompts: pytest.fail("nobody is to be asked"), exact_judge)(problems, traces, teachers)

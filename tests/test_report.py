@@ -7,18 +7,15 @@ import re
 
 import numpy as np
 import pytest
+from tiny import row
 
 import eval as evaluation
+import generations
 import plots
 import report
 import toy
 from data import load_model, load_problems, split_completion, write_jsonl
 from gsrm import Step, exact_judge, structure_rewards
-
-
-def row(name, correct, answer=None, sample=0, temperature=1.0, **more):
-    return {"id": name, "sample": sample, "temperature": temperature, "correct": correct, "answer": answer, "structure": None, "true_structure": None, "length": 10, "stop": "stop",
-            "text": "", "problem": f"P {name}?", "gold": "1", "steps": None, "left_at": None, "choices": None} | more
 
 # ------------------------------------------------------------------------------------------------ figures
 
@@ -128,6 +125,19 @@ def test_a_student_without_steps_has_no_accuracy(capsys):
     text = capsys.readouterr().out
     assert re.search(r"^structure +0\.000 \+-", text, re.MULTILINE) and re.search(r"^choice accuracy +-$", text, re.MULTILINE) and "nan" not in text
 
+def test_what_failed_is_counted_by_its_reason(capsys):
+    """Samples of problems without teacher traces are no failures, and the question for traces is only put where nobody has any."""
+    bare, why = [row("p", True, sample=s) for s in range(2)], ("not decomposed", "a judgement failed", "not decomposed")
+    failed = [row("q", True, sample=s, reason=reason) for s, reason in enumerate(why)]
+    report.print_structure([*bare, *failed, row("r", True, structure=1.0, steps=[["m", "q", "a", 1.0]], choices=[True], reason=None)])
+    said = capsys.readouterr().out
+    assert "structure of 1 samples of 1 problems with teacher traces, 2 without\n3 samples could not be scored: not decomposed 2, a judgement failed 1 (the same" in said
+    report.print_structure([*bare, *failed])
+    assert "structure: 3 samples could not be scored: not decomposed 2" in (said := capsys.readouterr().out) and "no problem has" not in said
+    report.print_structure(bare)
+    assert capsys.readouterr().out == "structure: no problem has teacher traces\n"
+
+
 def ended(out, before, after, capsys):
     """What print_end says of completions (problem, sample, temperature, right)."""
     for when, rows in (("before", before), ("after", after)):
@@ -176,7 +186,7 @@ def test_compare_pairs_by_problem(tmp_path, capsys):
 def test_compare_notes_other_sampling_and_takes_structure_along(tmp_path, capsys):
     paths = [store(tmp_path / f"{name}.jsonl", [row(n, True, structure=x) for n, x in zip("pqr", values)]) for name, values in (("a", (0.1, 0.2, 0.3)), ("b", (0.4, None, 0.8)))]
     for path, temperature in zip(paths, (0.6, 1.0)):
-        report.settings_path(tmp_path / path).write_text(json.dumps({"config": {"temperature": temperature, "top_p": 1.0}}))
+        generations.settings_path(tmp_path / path).write_text(json.dumps({"config": {"temperature": temperature, "top_p": 1.0}}))
     got = report.compare(*paths)
     assert got["structure"]["diff"] == pytest.approx((0.3 + 0.5) / 2) and got["structure"]["problems"] == 2
     text = capsys.readouterr().out
@@ -188,6 +198,15 @@ def test_structure_scored_for_too_few_problems_does_not_cost_the_rest(tmp_path, 
     paths = [store(tmp_path / f"{name}.jsonl", [row(n, True, structure=x) for n, x in zip("pqr", values)]) for name, values in (("a", (0.1, None, None)), ("b", (0.4, 0.2, 0.8)))]
     got = report.compare(*paths)
     assert "structure" not in got and got[next(iter(got))]["problems"] == 3 and "note: structure: scored on both sides for 1 problem(s) only" in capsys.readouterr().out
+
+
+def test_a_side_without_verdicts_is_said_and_the_rest_compared(tmp_path, capsys):
+    sides = (("a", None, (0.1, 0.2)), ("b", True, (0.4, 0.8)))
+    paths = [store(tmp_path / f"{name}.jsonl", [row(n, right, structure=x) for n, x in zip("pq", values)]) for name, right, values in sides]
+    assert list(report.compare(*paths)) == ["structure"] and "note: mean@1: graded on both sides for 0 problem(s) only" in capsys.readouterr().out
+    bare = [store(tmp_path / f"{name}.jsonl", [row(n, right) for n in "pq"]) for name, right, _ in sides]
+    with pytest.raises(ValueError, match="a.jsonl and .*b.jsonl: there is nothing to compare: .* two problems or more that are graded, or scored, on both sides"):
+        report.compare(*bare)
 
 
 @pytest.mark.parametrize("other, words", [
@@ -203,79 +222,6 @@ def test_compare_refuses(tmp_path, other, words):
     with pytest.raises(ValueError, match=words):
         report.compare(a, store(tmp_path / "b.jsonl", other))
 
-
-def test_what_is_no_file_of_generations_is_named(tmp_path):
-    (tmp_path / "broken.jsonl").write_text(json.dumps(row("p", True)) + "\n{\"id\": 3,\n")
-    (tmp_path / "other.jsonl").write_text('{"id": "p", "problem": "?", "answer": "1"}\n')
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
-    for name, words in (("broken.jsonl", r"broken.jsonl:2: not valid JSON"), ("other.jsonl", "other.jsonl:1: not a generation, it has no 'sample'"),
-                        ("list.jsonl", "list.jsonl:1: not a generation"),
-                        ("empty.jsonl", "holds no generations"), ("picture.png", "picture.png:1: not valid JSON"), ("nowhere", "no generations at")):
-        with pytest.raises(ValueError, match=words):
-            report.read_generations(tmp_path / name)
-
-
-@pytest.mark.parametrize("twice, first, again", [
-    (row("q", False), 2, 5), (row("q", True, temperature=0.6), 2, 5), (row("q", True, temperature=0), 4, 5), (row("q", True, sample=1), 3, 5)])
-def test_a_sample_that_is_there_twice_is_named(tmp_path, twice, first, again):
-    """Greedy and sampled ones of a problem, which train.py keeps in one file, are two; a temperature that differs makes no other sample."""
-    rows = [row("p", True), row("q", True), row("q", False, sample=1), row("q", True, temperature=0.0)]
-    assert report.read_generations(store(tmp_path / "rows.jsonl", rows)) == rows
-    store(tmp_path / "rows.jsonl", [*rows, twice])
-    with pytest.raises(ValueError, match=rf"rows.jsonl:{again}: problem 'q', sample {twice['sample']} is in \S*rows.jsonl:{first} already"):
-        report.read_generations(tmp_path / "rows.jsonl")
-
-# ------------------------------------------------------------------------------------------------ single completions
-
-def test_show_says_what_was_lost_and_keeps_escapes_off_the_terminal():
-    r = row("p", True, "1", text="a\x1b[2Jb</think>", steps=[["m1", "q1", "a1", 1.0], ["m2", "q2", "a2", 0.5],
-                                                             ["m3", "q3", "a3", 0.5], ["m4", "q4", "a\x9b4", 0.25], ["m5", "q5", "a5", 0.0]],
-            choices=[True, False, True, False, False], left_at=4, structure=0.45)
-    lines = [line for line in report.show(r).splitlines() if line.startswith("  ")]
-    assert [line.split()[0] for line in lines[:5]] == ["+", "~", "~", "~", "x"] and "\x1b" not in report.show(r) and "\x9b" not in report.show(r)
-    assert "(sub-problem differs)" in lines[1] and "(answer differs)" in lines[2] and "(sub-problem and answer differ)" in lines[3] and "left" in lines[4]
-    colors = [line[:5] for line in report.show(r, color=True).splitlines() if line.startswith("\x1b")]
-    assert colors == ["\x1b[32m", *["\x1b[33m"] * 3, "\x1b[31m"] and "not graded" in report.show(r | {"correct": None})
-
-
-@pytest.mark.parametrize("more", [{}, {"rewards": {"structure": 0.5}, "advantage": 0.5, "step": 1}])
-def test_no_field_of_a_completion_reaches_the_terminal_unfiltered(more):
-    """The whole screen cleared, the window's title set: by id, problem, text, steps, and in the last line by answer or gold."""
-    bad = "5\x1b[2J\x1b]0;owned\x07\x9b"
-    lines = report.show(row(bad, True, bad, text=bad, problem=bad, gold=bad, steps=[[bad, bad, bad, 1.0]], choices=[True]) | more).splitlines()
-    safe = "5?[2J?]0;owned??"
-    assert not any("\x00" <= c < " " or "\x7f" <= c <= "\x9f" for line in lines for c in line)
-    assert lines[0].endswith(f"problem {safe} sample 0 ") and (f"gold answer {safe}" if more else f"answer {safe} (right)") in lines[-1]
-
-
-def rollout(step, problem, sample, advantage, **more):
-    return row(problem, None, sample=sample) | {"step": step, "rewards": {"structure": 0.5, "outcome": None}, "advantage": advantage, "stop": "length", "length": 150} | more
-
-
-def test_rollouts_of_a_step_are_chosen_and_shown(tmp_path):
-    rows = [rollout(step, name, sample, step * (i - 2) + sample / 10) for step in (1, 2) for i, name in enumerate("abcde") for sample in (0, 1)]
-    write_jsonl(tmp_path / "rollouts.jsonl", rows)
-    pick = lambda *args: [(r["step"], r["id"], r["sample"]) for r in report.rows_to_show(tmp_path, *args)]
-    assert pick(None, None, None) == [(2, "e", 1), (2, "c", 0), (2, "a", 0)] and pick(1, None, None) == [(1, "e", 1), (1, "c", 0), (1, "a", 0)]
-    assert pick(1, "b", None) == [(1, "b", 0), (1, "b", 1)] and pick(None, "b", 1) == [(2, "b", 1)]
-    evaluated = [row(name, right, structure=structure) for name, right, structure in (("a", True, 0.0), ("b", False, 0.9), ("c", True, 0.5), ("d", False, None))]
-    write_jsonl(tmp_path / "eval.jsonl", evaluated)                         # without advantages: by structure, 0 among them, then by right and wrong
-    assert [r["id"] for r in report.rows_to_show(tmp_path / "eval.jsonl", None, None, None)] == ["b", "a", "d"]
-    text = report.show(report.rows_to_show(tmp_path, None, "b", 1)[0])
-    assert text.startswith("step 2 problem b sample 1") and "structure 0.50, outcome unscored, advantage -1.90, cut off at the limit, 150 tokens, gold answer 1" in text
-    with (tmp_path / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 3, "id"')                                      # a run is writing this line
-    assert pick(None, "b", 1) == [(2, "b", 1)]
-    for args, words in (((7, None, None), "no step 7; it holds steps 1 to 2"), ((1, "z", None), "no such completion; problems there: a, b")):
-        with pytest.raises(ValueError, match=words):
-            pick(*args)
-    (tmp_path / "rollouts.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="rollouts.jsonl:1: not a completion"):
-        pick(None, None, None)
-    with pytest.raises(ValueError, match="no rollouts at"):
-        report.rows_to_show(tmp_path / "nowhere", None, None, None)
 
 # ------------------------------------------------------------------------------------------------ pictures
 

@@ -89,3 +89,9 @@ def serving(folder: Path) -> Iterator[str]:
     finally:
         server.kill()
         server.wait(30)
+
+
+def row(name: str, correct: bool | None, answer: str | None = None, sample: int = 0, temperature: float = 1.0, **more: object) -> dict:
+    """A line of an evaluation's file."""
+    return {"id": name, "sample": sample, "temperature": temperature, "correct": correct, "answer": answer, "structure": None, "true_structure": None, "length": 10, "stop": "stop",
+            "text": "", "problem": f"P {name}?", "gold": "1", "steps": None, "left_at": None, "choices": None} | more
