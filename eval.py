@@ -12,7 +12,7 @@ r"""How good is a student? Samples, grades and scores its completions, stores ev
 
 A generation is a JSON line with its token ids, text, gold answer and verdict; FILE.settings.json beside it says under what settings it was drawn. Each can be
 drawn again alone: `Sampler.generate([prompt], sample + 1, ..., seed=seed, index=[index])`, last row. Grading is in grade.py (three-valued: right, wrong,
-None = could not be graded; None never becomes 0).
+None = could not be graded; None never becomes 0). What the reward model could not score keeps the `reason`, and the same command asks for it again.
 """
 import hashlib
 import importlib.util

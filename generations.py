@@ -7,7 +7,6 @@ eval.py writes such lines; those that come from elsewhere can be graded, compare
 scored, and `reason` says why. A line of rollouts.jsonl has `step`, `rewards` and `advantage` in the place of `correct` and `structure`.
 Fields beside those of FIELDS stay as they are.
 """
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def whole(value: object) -> bool:
 
 
 def real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def truth(value: object) -> bool:

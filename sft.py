@@ -282,7 +282,7 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
     training = train_pairs(model, batches, steps, config.lr, linear_schedule(config.warmup), config.max_tokens, optimizer, first, config.gradient_checkpointing)
     with leaving() as leave:
         for step, loss in enumerate(bar := tqdm(training, total=steps, initial=first, unit="step", mininterval=1.0, disable=rank() > 0), first + 1):
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             losses.append(loss)
             if step in ends:
                 table.append(row := {"epoch": ends[step], "step": step, "loss": sum(losses) / len(losses), "held_out": measure()})
