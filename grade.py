@@ -28,6 +28,7 @@ MAX_ANSWER = 2000                      # characters: a longer final answer is wr
 BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
 OPTION = re.compile(r"\W*(?:(?:the)?(?:correct)?(?:option|choice|answer)(?:is)?\W*(?:option)?\W*)?([A-J])(?:[])}.:*].*)?", re.IGNORECASE | re.DOTALL)   # B, (B) and its text
+NAMED = re.compile(r"\W*([A-J])\}?(?:\s+[-\u2013]\s+|\s*\u2014\s*|,\s+|\s*[({]\s*\(?)[A-Za-z]{3}")     # B - its text; not D-glucose, nor the difference B - x
 LABELS = re.compile(r"\W*([A-J])([]).:]).*[\s(](?!\1)[A-J]\2(?!\w)", re.DOTALL)          # (C) 1 (D) 2: another letter, labelled like the first
 THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+"
 GROUPED = re.compile(rf"[+-]?\s*(?:{THOUSANDS}|[1-9][0-9]{{0,2}}(?: [0-9]{{3}})+)(?:\.[0-9]+)?")
@@ -80,6 +81,7 @@ def as_latex(answer: str) -> str:
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
         text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
     text = REPEATING.sub(repeating, text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", text)
     return UNIT.sub(r"\\text{ \1}", re.sub(r"^([+-]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", re.sub(r"(?<!\\)\\(?:[ ;:]|$)", " ", text).strip()))
 
@@ -115,7 +117,7 @@ def quick_word(gold: str, answer: str) -> str:
         bare = re.sub(r"\\[A-Za-z]+", " ", raw)
         words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe", "wait", "no"}
         several = LABELS.match(bare) or len(words) > 1 and words <= set("ABCDEFGHIJ")      # C or D; not: (C) vitamins A and B
-        chosen = None if several else OPTION.fullmatch(answer)
+        chosen = None if several else OPTION.fullmatch(answer) or NAMED.match(bare)
         return str(chosen is not None and chosen[1].upper() == option[1])
     if all(based := [BASED.fullmatch(text) for text in (gold, answer)]):
         return str(based[0].groups() == based[1].groups())

@@ -100,6 +100,8 @@ def test_normalise(text: str, plain: str) -> None:
     ("C", "C. C.", "True"), ("C", "C) CO2 and D-glucose", "True"),
     ("C", "(C) vitamins A and B", "True"), ("C", "(C) hepatitis A, B and C", "True"), ("C", r"\textit{C}", "True"), ("C", r"\emph{C}", "True"), ("C", "The answer is C", "True"),
     ("C", "The correct answer is option C.", "True"), ("C", "The answer is D", "False"), ("C", "The cat", "False"),
+    *[("C", answer, "True") for answer in ("C - cobalt", "C \u2013 cobalt", "C\u2014cobalt", "C, cobalt", "C (cobalt)", r"C \text{ cobalt}", "C, not D", r"\textbf{C} - tin")],
+    *[("C", answer, "False") for answer in ("C-glucose", "C - D", "C - 2", "C - x", "C, D", "C, maybe D", "C, and D", "C (or D)", "C - wait, D", "D - cobalt", "D (cobalt), no C")],
     ("52_8", "52_9", "False"), ("52_8", "52_{8}", "True"), ("52_8", "53_8", "False"), ("52_8", "52", ""),
     ("100, 200", "100200", ""), ("5, 120", "5120", ""), ("45,135", "45, 135", "True"), ("1,234", "1234", "True"),
     (r"\text{(C)}", "C", "True"), (r"\text{(C)}", r"\textbf{(D)}", "False"),
@@ -121,6 +123,7 @@ def test_strings_and_exact_numbers_decide_without_a_process(gold: str, answer: s
     ("5 cm\u00b2", r"5\text{ cm^2}"),
     *[(f"5 {word}", f"5 {word}") for word in ("sec x", "exp x", "sinh x", "arcsin x", "cosec x", "ln x", "lnx", "root three", "square root", "squared", "dozen", "tenths", "alpha",
                                                "Million", "x", "s^2", "abc^2", "over x", "mod n")],
+    ("3pi", r"3\pi"), ("pi/2", r"\pi /2"), ("2 pi r", r"2 \pi  r"), (r"3\pi", r"3\pi"), ("spin 2pies", "spin 2pies"),
     (r"\big(1,2\big)", "(1,2)"), (r"A \bigcup B", r"A \bigcup B"), ("1\u202f234", "1 234"),
 ])
 def test_plain_text_is_written_as_latex(text: str, latex: str) -> None:
