@@ -1,6 +1,6 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 25 to 45 minutes on two cores
+    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 37 minutes on two cores of a shared Xeon
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
