@@ -172,7 +172,7 @@ def folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def writing(path: str | Path, mine: bool = True) -> Iterator[Path]:
+def writing(path: str | Path, mine: bool = True, flag: str = "--out") -> Iterator[Path]:
     """Keeps other processes from writing `path` as well, a folder that is there, or a file that need not be: a lock on the folder itself, or on a file beside the
     file that goes at the end; it dies with the process. ValueError where another process holds it. Without `mine` (processes after a run's first one) nothing is locked."""
     path = Path(path)
@@ -185,7 +185,7 @@ def writing(path: str | Path, mine: bool = True) -> Iterator[Path]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(held)
-            raise ValueError(f"another process is writing {path}: wait for it, or choose another --out") from None
+            raise ValueError(f"another process is writing {path}: wait for it, or choose another {flag}") from None
         except OSError as error:                              # some network file systems lock nothing, or no folder
             print(f"{path}: cannot be locked ({error.strerror}): nothing keeps a second process from writing there", file=sys.stderr)
         if not place.exists() or not os.path.samestat(os.stat(place), os.fstat(held)):          # the one before has just removed it: once more

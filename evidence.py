@@ -98,10 +98,16 @@ def noted(sample: np.ndarray, digits: int, of: int, sign: str = "") -> str:
     return cell(sample, digits, sign) + f" ({len(sample)} seed{'s' * (len(sample) > 1)})" * (0 < len(sample) < of)
 
 
+def gap(curve: dict[str, list[float | None]]) -> np.ndarray:
+    """The structure reward minus the true one along a curve; NaN where a step had no scored row."""
+    return np.array(curve["structure"], dtype=float) - np.array(curve["true_structure"], dtype=float)
+
+
 def reader_gap(runs: Runs, regime: str, arm: str) -> np.ndarray:
     """The run's structure reward minus the true one over its last 20 training steps, of every seed."""
     curves = [row["curve"] for _, row in sorted(runs.get((regime, arm), {}).items()) if "structure" in row.get("curve", {})]
-    return np.array([np.mean(np.subtract(curve["structure"], curve["true_structure"], dtype=float)[-2:]) for curve in curves])
+    ends = np.array([gap(curve)[-2:].mean() for curve in curves])
+    return ends[~np.isnan(ends)]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -222,7 +228,7 @@ def draw_left(runs: Runs, path: Path) -> None:
     """Where students leave every teacher branch: an arm a line, a step a column; then those who never do, and those who say no step."""
     plt, regimes, rest = pictures(), ("sparse", "dense"), ("never left", "stayed and found", "no steps")
     shown = {*COLORS, "sft 512 -> distillation", "line similarity", "structure : outcome 1/4"}
-    whole = {key: [row for row in seeds.values() if not set(rest) - set(row)] for key, seeds in runs.items()}
+    whole = {key: [row for row in seeds.values() if not {*rest, "left"} - set(row)] for key, seeds in runs.items()}
     arms = {regime: [arm for r, arm in runs if r == regime and arm in shown and whole[r, arm]] for regime in regimes}
     figure, grid = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(1, *map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):
@@ -250,8 +256,7 @@ def draw_reader(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str, name: str) -> bool:
         for arm, color in READ.items():
             for curve in [row["curve"] for _, row in sorted(runs.get((regime, arm), {}).items()) if name in row.get("curve", {})]:
-                gap = np.subtract(curve[name], curve["true_structure"], dtype=float)
-                axes.plot([10 * i + 5 for i in range(len(gap))], gap, color=color, linewidth=1, alpha=0.8, label=arm)
+                axes.plot([10 * i + 5 for i in range(len(curve[name]))], gap(curve), color=color, linewidth=1, alpha=0.8, label=arm)
         return bool(axes.lines)
     side_by_side(path, ("sparse", "dense"), draw, "step", {"structure": "GSRM's reward - true one"})
 
@@ -334,8 +339,11 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 def report(rows: list[dict], made: dict[str, str], page: Path, template: Path) -> list[Path]:
     """Writes the page (the template's prose, the rows' `blocks`) and its pictures beside it; the same rows give the same bytes. -> what was written."""
-    runs, written = gathered(rows), [page]
-    page.write_text(fill(template.read_text(encoding="utf-8"), made), encoding="utf-8")
+    runs, written, text, end = gathered(rows), [page], fill(template.read_text(encoding="utf-8"), made), "<!-- /study-size -->"
+    if page.stem != template.stem:
+        text = re.sub(r"\]\(study(_\w+\.png|\.jsonl)\)", rf"]({page.stem}\1)", text)
+        text = text.replace(end, f"{end}\n\n**Tables and pictures are of the runs in {page.stem}.jsonl, the sentences are the committed study's and may not fit them.**")
+    page.write_text(text, encoding="utf-8")
     for name, draw in PICTURES.items():
         written.append(page.with_name(f"{page.stem}_{name}.png"))
         draw(runs, written[-1])

@@ -1,27 +1,32 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick --results out/study.jsonl      # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 37 minutes on two cores of a shared Xeon
+    python study.py --quick                                # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 37 minutes on two cores of a shared Xeon (out/quick.jsonl, out/quick.md)
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
     python study.py measure                                # the measures of the lines whose samples are still in out/study once more: after a change of a measure
 
-An arm is a list of commands; each is printed to its log.txt and can be run alone. All arms of a regime start from the same student, see the same problems and are
-evaluated by the same commands on the same held-out problems. A finished (regime, arm, seed) is a line of the results file and is not run again, so an interrupted
-study goes on; a line that lacks a measure, of an older study.py, counts as unfinished, and the new one takes its place. A seed is that of sampling, of the order of
-the problems and of the evaluation; data and base student are the same for all.
+An arm is a list of commands; each is printed, and can be run alone once the regime's problems are there (`data_commands`: the first that are printed). All arms of a
+regime start from the same student, see the same problems and are evaluated by the same commands on the same held-out problems. A finished (regime, arm, seed) is a line
+of the results file and is not run again, so an interrupted study goes on; a line that lacks a measure, of an older study.py, counts as unfinished, and the new one takes
+its place. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
 """
+import argparse
+import fcntl
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 
 from tqdm import tqdm
 
@@ -65,10 +70,13 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     "two updates, clip 0.2": [TRUE + " --updates_per_batch 2 --clip_high 0.2"], "two updates, DAPO's clip": [TRUE + " --updates_per_batch 2"],
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
-QUICK = dict(arms=["rlkd", "sft 512", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2])                # the long ones first: no core waits at the end
+QUICK = dict(arms=["rlkd", "sft 512", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2], results="out/quick.jsonl")        # the long ones first: no core waits at the end
 NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
           "stayed and found,no steps,seconds,commands").split(",")                                          # of a finished line of the results
+KINDS = {"regime": str, "arm": str, "machine": str, "seed": int, "commands": list, "left": list, "curve": dict}          # of a line's fields; the others are numbers, or null
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
+_running: set[subprocess.Popen] = set()                    # what SIGTERM ends with the study
+_here = local()                                            # .locks: those that this thread holds
 
 
 def has_arm(regime: str, arm: str) -> bool:
@@ -78,21 +86,42 @@ def has_arm(regime: str, arm: str) -> bool:
 def data_commands(regime: str, path: Path) -> list[str]:
     """What makes a regime's problems: train, val, the held-out sets one by one and together."""
     level, larger = REGIMES[regime]
-    problems = lambda name, of, count, seed, more="": MADE.format(people=of[0], needed=of[1]) + f"--count {count} --seed {seed} {more}--out {path}/{name}.jsonl"
+    problems = lambda name, of, count, seed, more="": MADE.format(people=of[0], needed=of[1]) + f"--count {count} --seed {seed} {more}--out {shlex.quote(f'{path}/{name}.jsonl')}"
     test, wider, other = (64, SETS["test"]), (64, SETS["larger"]), (64, SETS["other"], "--wording other ")
     return [problems("train", level, 8192, 11), problems("val", level, 128, 14), problems("test", level, *test), problems("transfer", larger, *wider),
             problems("transfer", level, *other[:2], other[2] + "--append "),
             problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """A lock on a run's folder, which this thread's commands inherit: one that outlives a killed study holds it still. ValueError where one does."""
+    with folder(out.parent).joinpath(f".{out.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: a command of an earlier study is still at work there: end it, or wait for it, and start again") from None
+        except OSError:                                   # some network file systems lock nothing
+            pass
+        _here.locks = (file.fileno(),)
+        try:
+            yield
+        finally:
+            _here.locks = ()
+
+
 def run(command: str, threads: int, log: Path) -> None:
-    """One command line, its output appended to `log`; RuntimeError with its last line if it fails."""
+    """One command line, printed, its output appended to `log`; RuntimeError with its last line if it fails."""
+    tqdm.write(f"$ {command}")
     with log.open("a") as file:
         file.write(f"$ {command}\n")
         file.flush()
         words = shlex.split(command)
-        code = subprocess.run([sys.executable if words[0] == "python" else words[0], *words[1:]], stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+        child = subprocess.Popen([sys.executable if words[0] == "python" else words[0], *words[1:]], stdout=file, stderr=subprocess.STDOUT,
+                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}, pass_fds=getattr(_here, "locks", ()))
+        _running.add(child)
+        code = child.wait()
+        _running.discard(child)
     if code:
         raise RuntimeError(f"{command} ended with status {code}: {log.read_text().splitlines()[-1]} (all that it said: {log})")
 
@@ -105,26 +134,29 @@ def place(root: Path, regime: str, arm: str, seed: int) -> Path:
 def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     """Trains and evaluates one arm with one seed: its line of the results file."""
     out = place(root, regime, arm, seed)
-    fill = dict(data=root / regime / "data", root=root / regime, seed=seed, out=out)
+    fill = {name: shlex.quote(str(value)) for name, value in dict(data=root / regime / "data", root=root / regime, seed=seed, out=out).items()}
     commands = [c.format(**fill) for c in ARMS[arm]]
-    made = [Path(c.split("--out ")[1].split()[0]) for c in commands]                                      # of sft.py a model/, of train.py the folder around it
+    made = [Path(words[words.index("--out") + 1]) for words in map(shlex.split, commands)]                # of sft.py a model/, of train.py the folder around it
     model = "toy/student" if not made else made[-1] if made[-1].name == "model" else made[-1] / "model"
-    evals, started = [c.format(**fill, model=model) for c in EVALS.values()], time.time()
+    evals, started = [c.format(**fill, model=shlex.quote(str(model))) for c in EVALS.values()], time.time()
     if out not in (path.parent for path in made):
-        shutil.rmtree(out, ignore_errors=True)            # a half run starts over; an SFT model stays, another arm may have started from it
+        with alone(out):
+            shutil.rmtree(out, ignore_errors=True)        # a half run starts over; an SFT model stays, another arm may have started from it
     out.mkdir(parents=True, exist_ok=True)
     for command, path in zip(commands, made):
         with _made[path]:
             log = (path.parent if path.name == "model" else path) / "log.txt"
             if not (path / "sft.json").exists() or not log.exists() or f"$ {command}\n" not in log.read_text():          # not trained to the end, or by older settings
-                shutil.rmtree(path, ignore_errors=True)
-                log.parent.mkdir(parents=True, exist_ok=True)
-                log.write_text("")
-                run(command, threads, log)
-    for name, command in zip(EVALS, evals):
-        for end in (".jsonl", ".settings.json"):
-            (out / f"{name}{end}").unlink(missing_ok=True)
-        run(command, threads, out / "log.txt")
+                with alone(log.parent):
+                    shutil.rmtree(path, ignore_errors=True)
+                    folder(log.parent)
+                    log.write_text("")
+                    run(command, threads, log)
+    with alone(out):
+        for name, command in zip(EVALS, evals):
+            for end in (".jsonl", ".settings.json"):
+                (out / f"{name}{end}").unlink(missing_ok=True)
+            run(command, threads, out / "log.txt")
     found = measured(out) | rounded(training(out))
     for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
         large.unlink(missing_ok=True)                     # 40 MB a run
@@ -132,12 +164,25 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     return {"regime": regime, "arm": arm, "seed": seed, **found, "seconds": round(time.time() - started), "machine": machine(), "commands": commands + evals}
 
 
+def fault(row: object) -> str:
+    """What is wrong with a line of the results, "" where nothing is."""
+    if not isinstance(row, dict):
+        return "no line of a study"
+    if missing := [name for name in ("regime", "arm", "seed", "sampled", "seconds", "commands") if name not in row]:
+        return f"no line of a study, it has no {missing[0]!r}"
+    number = lambda value: value is None or isinstance(value, int | float) and not isinstance(value, bool)
+    curves = [*row["curve"].values()] if isinstance(row.get("curve", {}), dict) and "curve" in row else []
+    odd = [name for name, value in row.items() if not (isinstance(value, KINDS[name]) if name in KINDS else number(value)) or name == "seconds" and value is None]
+    odd += ["curve"] * any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves)
+    return f"field {odd[0]!r} is not what a study writes, got {repr(row[odd[0]])[:60]}" if odd else ""
+
+
 def read_results(path: Path) -> list[dict]:
     """The runs in a results file; ValueError names the line that is none."""
-    rows, wanted, places = read_jsonl(path), ("regime", "arm", "seed", "sampled", "seconds", "commands"), {}
+    rows, places = read_jsonl(path), {}
     for where, row in rows:
-        if not isinstance(row, dict) or (missing := next((name for name in wanted if name not in row), None)):
-            raise ValueError(f"{where}: no line of a study" + (f", it has no {missing!r}" if isinstance(row, dict) else "") + ": give a file that `python study.py run` wrote")
+        if wrong := fault(row):
+            raise ValueError(f"{where}: {wrong}: give a file that `python study.py run` wrote")
         if row["regime"] not in REGIMES or row["arm"] not in ARMS:
             raise ValueError(f"{where}: this study has no arm {row['arm']!r} in a regime {row['regime']!r}: was it written by an older study.py?")
         if (first := places.setdefault((row["regime"], row["arm"], row["seed"]), where)) != where:
@@ -154,16 +199,16 @@ def replace(path: Path, new: list[dict]) -> None:
 
 
 def measure_again(results: Path, root: Path) -> None:
-    """Measures once more where a run's samples are still there, which are known by their accuracies; what came of its training stays."""
+    """Measures once more where a run's samples are still there, all of them, which are known by their accuracies; what came of its training stays."""
     new, rows = [], read_results(results)
     for row in rows:
         out = place(root, row["regime"], row["arm"], row["seed"])
-        if all((out / f"{name}.jsonl").exists() for name in EVALS):
-            found = measured(out)
-            if all(found[name] == row[name] for name in ("sampled", "greedy", "larger", "other", "length")):
+        with suppress(KeyError, ValueError):               # samples of an evaluation that was cut off
+            found = measured(out) if all((out / f"{name}.jsonl").exists() for name in EVALS) else {"sampled": None}
+            if all(name not in row or found[name] == row[name] for name in ("sampled", "greedy", "larger", "other", "length")):
                 new.append(row | found)
     replace(results, new)
-    print(f"measured {len(new)} of {len(rows)} lines again; the samples of the others are no longer in {root}")
+    print(f"measured {len(new)} of {len(rows)} lines again; the samples of the others are no longer in {root}, or not all")
 
 
 def order(row: dict) -> tuple[int, int, int]:
@@ -176,14 +221,16 @@ def go_on(args) -> None:
     folder(args.results.parent)                                                     # before hours of work that could not be written down
     rows = read_results(args.results) if args.results.exists() else []
     done = {(row["regime"], row["arm"], row["seed"]) for row in rows if not set(NEEDED) - set(row)}
-    todo = [key for arm in args.arms for regime in args.regimes for seed in args.seeds if has_arm(regime, arm) and (key := (regime, arm, seed)) not in done]
+    asked = dict.fromkeys((regime, arm, seed) for arm in args.arms for regime in args.regimes for seed in args.seeds if has_arm(regime, arm))
+    todo = [key for key in asked if key not in done]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     for regime in dict.fromkeys(regime for regime, *_ in todo):
         path = args.out / regime / "data"
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
-            for command in data_commands(regime, path):
-                run(command, threads, path / "log.txt")
+            with alone(path):
+                for command in data_commands(regime, path):
+                    run(command, threads, path / "log.txt")
     written = Lock()
 
     def work(key: tuple[str, str, int]) -> None:
@@ -199,6 +246,20 @@ def go_on(args) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def stop(*_signal) -> None:
+    """Ends what runs, and then the study."""
+    for child in list(_running):
+        child.terminate()
+    sys.exit("terminated: the same command goes on with what is not finished")
+
+
+def results_file(text: str) -> Path:
+    """A type for add_argument: the page and its pictures lie beside the results, under the same name."""
+    if not text.endswith(".jsonl"):
+        raise argparse.ArgumentTypeError(f"{text}: results go to a file named .jsonl (the page beside it, .md)")
+    return Path(text)
+
+
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=("run", "report", "measure"), default="run")
@@ -207,13 +268,20 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=at_least(1), default=max(1, (os.cpu_count() or 1)), help="arms that run side by side, each with its share of the cores")
-    parser.add_argument("--results", type=Path, default=Path("docs/study.jsonl"))
+    parser.add_argument("--results", type=results_file, default=Path("docs/study.jsonl"), help="a line a run (default: docs/study.jsonl; with --quick out/quick.jsonl)")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="where the runs go")
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)                                                # which flags beside it still change
     args = parser.parse_args()
+    some = {name: getattr(args, name) for name in ("arms", "regimes", "seeds") if getattr(args, name) != parser.get_default(name)}
+    some |= {"quick": True} if args.quick else {}
+    if args.command != "run" and some:
+        parser.error(f"--{next(iter(some))}: {args.command} takes all lines of --results; leave it out")
+    if lost := [arm for arm in some.get("arms", ()) if not any(has_arm(regime, arm) for regime in args.regimes)]:
+        parser.error(f"--arms {shlex.quote(lost[0])}: not run in --regimes {' '.join(args.regimes)}: {', '.join(SPARSE_ONLY)} are run in sparse only, levels beside sparse and "
+                     f"dense have {', '.join(MAIN)}")
     if args.command == "run" or args.command == "measure" and args.results.exists():
-        with writing(args.results), writing(folder(args.out)):
+        with writing(args.results, flag="--results"), writing(folder(args.out)):
             go_on(args) if args.command == "run" else measure_again(args.results, args.out)
     if not args.results.exists() or not (rows := read_results(args.results)):
         parser.error(f"no results at {args.results}: run the study first")
@@ -226,5 +294,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     with ending(RuntimeError):
         main()

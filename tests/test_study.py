@@ -3,6 +3,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -172,6 +174,73 @@ def test_the_page_is_made_from_the_rows_alone(tmp_path):
             and evidence.fill(text, evidence.blocks(both)) == text)
     with pytest.raises(ValueError, match="study-magic"):
         evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
+    page = evidence.report(both, evidence.blocks(both), tmp_path / "quick.md", ROOT / "docs/study.md")[0].read_text()
+    linked = set(re.findall(r"\]\(([\w.]+(?:png|jsonl))\)", page))
+    assert linked == {"quick.jsonl", *(f"quick_{name}.png" for name in evidence.PICTURES)} and "of the runs in quick.jsonl" in page
+
+
+def test_a_step_without_a_scored_row_leaves_a_gap_and_no_more():
+    """The curve of structure has no number in its last tens of one seed: that seed is left out, and counted."""
+    lines = [row("sparse", "rlkd", seed, 0.5) for seed in range(3)]
+    lines[1]["curve"]["structure"] = [None] * len(lines[1]["curve"]["structure"])
+    runs = evidence.gathered(lines)
+    assert list(evidence.reader_gap(runs, "sparse", "rlkd")) == pytest.approx([evidence.gap(lines[i]["curve"])[-2:].mean() for i in (0, 2)])
+    assert "(2 seeds)" in evidence.reader_table(runs, "sparse")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", None), ("seed", 0.5), ("regime", ["sparse"]), ("arm", None), ("seconds", "9"), ("seconds", None), ("sampled", "x"), ("found@64", True), ("curve", None),
+    ("curve", {"structure": 3}), ("curve", {"structure": [1.0], "outcome": [1.0, 2.0]}), ("machine", None), ("commands", "x")])
+def test_a_field_of_another_kind_is_named_with_its_line(tmp_path, name, value):
+    (file := tmp_path / "study.jsonl").write_text(json.dumps(rows()[0]) + "\n" + json.dumps(rows()[1] | {name: value}) + "\n")
+    with pytest.raises(ValueError, match=rf"study.jsonl:2: field '{name}' is not what a study writes, got "):
+        study.read_results(file)
+
+
+def test_a_command_that_outlives_a_killed_study_keeps_its_folder(tmp_path):
+    """The lock is the command's too: it holds while the command runs, and is free when both have gone."""
+    ask = "import study, sys; from pathlib import Path\nwith study.alone(Path(sys.argv[1])): print('free')"
+    again = lambda: subprocess.run([sys.executable, "-c", ask, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    with study.alone(tmp_path / "run"):
+        orphan = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=study._here.locks)
+    assert "is still at work there" in again().stderr
+    orphan.communicate()
+    assert again().stdout == "free\n"
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--results", "out/study.json"], "go to a file named .jsonl"), (["report", "--arms", "base"], "--arms: report takes all lines"),
+    (["measure", "--quick"], "--quick: measure takes all"),
+    (["report", "--seeds", "0"], "--seeds: report takes all"), (["--arms", "Dr.GRPO", "--regimes", "dense"], "--arms Dr.GRPO: not run in --regimes dense"),
+    (["--arms", "grpo", "sft 512", "--regimes", "5-people"], "--arms 'sft 512': not run in --regimes 5-people")])
+def test_flags_that_would_do_nothing_or_harm_are_refused(words, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py", *words])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_for_twice_runs_once(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(study, "one", lambda regime, arm, seed, out, threads: ran.append((arm, seed)) or row(regime, arm, seed, 0.7))
+    monkeypatch.setattr(study, "run", lambda *a: None)
+    monkeypatch.setattr("sys.argv", ["study.py", "--arms", "grpo", "grpo", "--regimes", "sparse", "sparse", "--seeds", "0", "0", "1", "--results", str(tmp_path / "x.jsonl"),
+                                     "--out", str(tmp_path / "out")])
+    study.main()
+    assert sorted(ran) == [("grpo", 0), ("grpo", 1)]
+
+
+def test_a_folder_with_a_blank_is_one_word_of_the_commands(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(study, "run", lambda command, *rest: said.append(shlex.split(command)))
+    monkeypatch.setattr(study, "measured", lambda out: {})
+    root = tmp_path / "my study"
+    study.one("sparse", "sft 512 -> grpo", 0, root, 1)
+    for command in study.data_commands("sparse", root / "sparse/data"):
+        study.run(command)
+    for words in said:
+        paths = [word for word in words if str(tmp_path) in word]
+        assert paths and all(path.startswith(f"{root}/sparse/") for path in paths) and "study/sparse/data/train.jsonl" not in words
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
@@ -262,6 +331,15 @@ def test_measured_again_where_the_samples_are_still_there(tmp_path, monkeypatch,
             (out / f"{name}.jsonl").touch()
     study.measure_again(file, tmp_path)
     assert study.read_results(file) == [lines[0] | {"choice": 0.9}, *lines[1:]] and "measured 1 of 3 lines again" in capsys.readouterr().out
+    monkeypatch.undo()
+    study.measure_again(file, tmp_path)                                              # evaluations that were cut off: empty, whole problems missing, half a line
+    (study.place(tmp_path, "sparse", "rlkd", 0) / "test.jsonl").write_text('{"id": ')
+    study.measure_again(file, tmp_path)
+    assert capsys.readouterr().out.count("measured 0 of 3 lines again") == 2
+    file.write_text(json.dumps({k: v for k, v in lines[0].items() if k != "other"}) + "\n")
+    monkeypatch.setattr(study, "measured", lambda out: {**dict.fromkeys(("sampled", "greedy", "larger", "other", "length"), 0.5), "choice": 0.9})
+    study.measure_again(file, tmp_path)                                              # a line of an older study.py gets what it lacks
+    assert study.read_results(file)[0]["other"] == 0.5
 
 
 def test_nothing_is_lost_where_a_run_fails(tmp_path, monkeypatch):
