@@ -110,7 +110,8 @@ def test_a_second_command_with_the_same_out_is_refused(tmp_path, monkeypatch, li
         before = sorted(tmp_path.rglob("*"))
         status, _, err = command(line.format(w=tmp_path))
         assert status not in (0, None)
-        assert f"error: another process is writing {tmp_path / out}: wait for it, or choose another {'--results' if out == 'study.jsonl' else '--out'}" in err and sorted(tmp_path.rglob("*")) == before
+        flag = "--results" if out == "study.jsonl" else "--out"
+        assert f"error: another process is writing {tmp_path / out}: wait for it, or choose another {flag}" in err and sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_job_of_two_processes_is_refused_and_ends(tmp_path):
