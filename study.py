@@ -12,7 +12,6 @@ of the results file and is not run again, so an interrupted study goes on; a lin
 its place. A seed is that of sampling, of the order of the problems and of the evaluation; data and base student are the same for all.
 """
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -22,11 +21,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Lock, local
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -76,7 +74,6 @@ NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,
 KINDS = {"regime": str, "arm": str, "machine": str, "seed": int, "commands": list, "left": list, "curve": dict}          # of a line's fields; the others are numbers, or null
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 _running: set[subprocess.Popen] = set()                    # what SIGTERM ends with the study
-_here = local()                                            # .locks: those that this thread holds
 
 
 def has_arm(regime: str, arm: str) -> bool:
@@ -93,23 +90,6 @@ def data_commands(regime: str, path: Path) -> list[str]:
             problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """A lock on a run's folder, which this thread's commands inherit: one that outlives a killed study holds it still. ValueError where one does."""
-    with folder(out.parent).joinpath(f".{out.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: a command of an earlier study is still at work there: end it, or wait for it, and start again") from None
-        except OSError:                                   # some network file systems lock nothing
-            pass
-        _here.locks = (file.fileno(),)
-        try:
-            yield
-        finally:
-            _here.locks = ()
-
-
 def run(command: str, threads: int, log: Path) -> None:
     """One command line, printed, its output appended to `log`; RuntimeError with its last line if it fails."""
     tqdm.write(f"$ {command}")
@@ -118,7 +98,7 @@ def run(command: str, threads: int, log: Path) -> None:
         file.flush()
         words = shlex.split(command)
         child = subprocess.Popen([sys.executable if words[0] == "python" else words[0], *words[1:]], stdout=file, stderr=subprocess.STDOUT,
-                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}, pass_fds=getattr(_here, "locks", ()))
+                                 env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         _running.add(child)
         code = child.wait()
         _running.discard(child)
@@ -131,6 +111,14 @@ def place(root: Path, regime: str, arm: str, seed: int) -> Path:
     return root / regime / "".join(c if c.isalnum() else "_" for c in arm) / f"seed{seed}"
 
 
+def clear(out: Path) -> None:
+    """Removes what is in a run's folder; ValueError where a command that has outlived a killed study is still writing there: it holds the lock on its --out."""
+    with ExitStack() as locks:
+        for path in (folder(out), *(out / f"{name}.jsonl" for name in EVALS)):
+            locks.enter_context(writing(path))
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     """Trains and evaluates one arm with one seed: its line of the results file."""
     out = place(root, regime, arm, seed)
@@ -140,23 +128,21 @@ def one(regime: str, arm: str, seed: int, root: Path, threads: int) -> dict:
     model = "toy/student" if not made else made[-1] if made[-1].name == "model" else made[-1] / "model"
     evals, started = [c.format(**fill, model=shlex.quote(str(model))) for c in EVALS.values()], time.time()
     if out not in (path.parent for path in made):
-        with alone(out):
-            shutil.rmtree(out, ignore_errors=True)        # a half run starts over; an SFT model stays, another arm may have started from it
+        clear(out)                                        # a half run starts over; an SFT model stays, another arm may have started from it
     out.mkdir(parents=True, exist_ok=True)
     for command, path in zip(commands, made):
         with _made[path]:
             log = (path.parent if path.name == "model" else path) / "log.txt"
             if not (path / "sft.json").exists() or not log.exists() or f"$ {command}\n" not in log.read_text():          # not trained to the end, or by older settings
-                with alone(log.parent):
-                    shutil.rmtree(path, ignore_errors=True)
-                    folder(log.parent)
-                    log.write_text("")
-                    run(command, threads, log)
-    with alone(out):
-        for name, command in zip(EVALS, evals):
+                clear(path)
+                folder(log.parent)
+                log.write_text("")
+                run(command, threads, log)
+    for name, command in zip(EVALS, evals):
+        with writing(out / f"{name}.jsonl"):
             for end in (".jsonl", ".settings.json"):
                 (out / f"{name}{end}").unlink(missing_ok=True)
-            run(command, threads, out / "log.txt")
+        run(command, threads, out / "log.txt")
     found = measured(out) | rounded(training(out))
     for large in (out / "rollouts.jsonl", out / "gsrm_cache.jsonl"):
         large.unlink(missing_ok=True)                     # 40 MB a run
@@ -171,7 +157,7 @@ def fault(row: object) -> str:
     if missing := [name for name in ("regime", "arm", "seed", "sampled", "seconds", "commands") if name not in row]:
         return f"no line of a study, it has no {missing[0]!r}"
     number = lambda value: value is None or isinstance(value, int | float) and not isinstance(value, bool)
-    curves = [*row["curve"].values()] if isinstance(row.get("curve", {}), dict) and "curve" in row else []
+    curves = [*curve.values()] if isinstance(curve := row.get("curve"), dict) else []
     odd = [name for name, value in row.items() if not (isinstance(value, KINDS[name]) if name in KINDS else number(value)) or name == "seconds" and value is None]
     odd += ["curve"] * any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves)
     return f"field {odd[0]!r} is not what a study writes, got {repr(row[odd[0]])[:60]}" if odd else ""
@@ -203,8 +189,10 @@ def measure_again(results: Path, root: Path) -> None:
     new, rows = [], read_results(results)
     for row in rows:
         out = place(root, row["regime"], row["arm"], row["seed"])
+        if not all((out / f"{name}.jsonl").exists() for name in EVALS):
+            continue
         with suppress(KeyError, ValueError):               # samples of an evaluation that was cut off
-            found = measured(out) if all((out / f"{name}.jsonl").exists() for name in EVALS) else {"sampled": None}
+            found = measured(out)
             if all(name not in row or found[name] == row[name] for name in ("sampled", "greedy", "larger", "other", "length")):
                 new.append(row | found)
     replace(results, new)
@@ -228,9 +216,8 @@ def go_on(args) -> None:
         path = args.out / regime / "data"
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
-            with alone(path):
-                for command in data_commands(regime, path):
-                    run(command, threads, path / "log.txt")
+            for command in data_commands(regime, path):
+                run(command, threads, path / "log.txt")
     written = Lock()
 
     def work(key: tuple[str, str, int]) -> None:
@@ -273,11 +260,10 @@ def main() -> None:
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)                                                # which flags beside it still change
     args = parser.parse_args()
-    some = {name: getattr(args, name) for name in ("arms", "regimes", "seeds") if getattr(args, name) != parser.get_default(name)}
-    some |= {"quick": True} if args.quick else {}
-    if args.command != "run" and some:
-        parser.error(f"--{next(iter(some))}: {args.command} takes all lines of --results; leave it out")
-    if lost := [arm for arm in some.get("arms", ()) if not any(has_arm(regime, arm) for regime in args.regimes)]:
+    named = [name for name in ("arms", "regimes", "seeds") if getattr(args, name) != parser.get_default(name)] + ["quick"] * args.quick
+    if args.command != "run" and named:
+        parser.error(f"--{named[0]}: {args.command} takes all lines of --results; leave it out")
+    if lost := [arm for arm in args.arms if "arms" in named and not any(has_arm(regime, arm) for regime in args.regimes)]:
         parser.error(f"--arms {shlex.quote(lost[0])}: not run in --regimes {' '.join(args.regimes)}: {', '.join(SPARSE_ONLY)} are run in sparse only, levels beside sparse and "
                      f"dense have {', '.join(MAIN)}")
     if args.command == "run" or args.command == "measure" and args.results.exists():

@@ -197,15 +197,22 @@ def test_a_field_of_another_kind_is_named_with_its_line(tmp_path, name, value):
         study.read_results(file)
 
 
-def test_a_command_that_outlives_a_killed_study_keeps_its_folder(tmp_path):
-    """The lock is the command's too: it holds while the command runs, and is free when both have gone."""
-    ask = "import study, sys; from pathlib import Path\nwith study.alone(Path(sys.argv[1])): print('free')"
-    again = lambda: subprocess.run([sys.executable, "-c", ask, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
-    with study.alone(tmp_path / "run"):
-        orphan = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=study._here.locks)
-    assert "is still at work there" in again().stderr
+@pytest.mark.parametrize("arm, held", [("grpo", "grpo/seed0"), ("sft 32", "sft_32/seed0/model"), ("grpo", "grpo/seed0/test.jsonl"), ("sft 32", "sft_32/seed0/test.jsonl")])
+def test_a_command_that_outlives_a_killed_study_keeps_its_folder(tmp_path, monkeypatch, arm, held):
+    """It holds the lock on what it writes, as train.py, sft.py and eval.py do: a new study takes nothing away from it, and goes on when it has gone."""
+    hold = "import sys; from command import writing\nwith writing(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    mine = tmp_path / "sparse" / held
+    (mine if not mine.suffix else mine.parent).mkdir(parents=True)
+    (kept := mine if mine.suffix else mine / "log.jsonl").write_text("{}\n")
+    monkeypatch.setattr(study, "run", lambda *a: None)
+    monkeypatch.setattr(study, "measured", lambda out: {})
+    orphan = subprocess.Popen([sys.executable, "-c", hold, str(mine)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    orphan.stdout.readline()
+    with pytest.raises(ValueError, match=rf"another process is writing {mine}: wait for it"):
+        study.one("sparse", arm, 0, tmp_path, 1)
+    assert kept.read_text() == "{}\n"
     orphan.communicate()
-    assert again().stdout == "free\n"
+    assert study.one("sparse", arm, 0, tmp_path, 1)["arm"] == arm and not kept.exists()
 
 
 @pytest.mark.parametrize("words, says", [

@@ -1,4 +1,5 @@
-"""Tiny Hugging Face checkpoints for tests: randomly initialised Qwen2, Qwen3 and Llama models with a byte-level BPE tokenizer and the chat template of their family."""
+"""Tiny Hugging Face checkpoints for tests: randomly initialised Qwen2, Qwen3 and Llama models with a byte-level BPE tokenizer and the chat template of their family; and a line of
+an evaluation's file."""
 import os
 import socket
 import subprocess
