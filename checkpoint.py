@@ -11,6 +11,7 @@ Left out on purpose: incremental checkpoints, remote storage.
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -45,8 +46,14 @@ def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | Non
 
 
 def manifest(folder: Path) -> dict[str, list]:
-    """{file: [bytes, sha256]} of a folder."""
-    return {file.name: [file.stat().st_size, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
+    """{file: [bytes, sha256]} of a folder and those in it (a tokenizer's further chat templates lie in one)."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: [file.stat().st_size, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for name, file in files.items() if name != "manifest.json"}
+
+
+def by_step(folder: Path) -> dict[int, Path]:
+    """{step: its checkpoint} in `folder`, the earliest first. A folder of another name (step_000050_best, somebody's copy) is none of the run's."""
+    return dict(sorted((int(path.name[5:]), path) for path in folder.glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)))
 
 
 class Checkpoints:
@@ -111,9 +118,9 @@ def spare(folder: Path, keep: int, last: Path) -> list[Path]:
             return -math.inf
         return found if isinstance(found, (int, float)) else -math.inf
 
-    older = sorted(path for path in folder.glob("step_*") if path <= last)[:-keep]
+    older = [path for step, path in by_step(folder).items() if step <= int(last.name[5:])][:-keep]
     rewards = {path: reward(path) for path in older}
-    best = max((path for path in older if rewards[path] > -math.inf), key=lambda path: (rewards[path], path.name), default=None)
+    best = max((path for path in reversed(older) if rewards[path] > -math.inf), key=rewards.get, default=None)                 # of equals the last
     return [path for path in older if path != best]
 
 
@@ -132,7 +139,7 @@ def damage(checkpoint: Path) -> str:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """(the newest whole checkpoint, what was wrong with those passed over)."""
     passed = []
-    for checkpoint in sorted(folder.glob("step_*"), reverse=True):
+    for checkpoint in reversed(by_step(folder).values()):
         if not (why := damage(checkpoint)):
             return checkpoint, passed
         passed.append(f"{checkpoint}: {why}")
@@ -168,8 +175,8 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
 
 
 def changed(before: dict, record: dict, free: set[str]) -> str:
-    """What keeps a run with the run.json `before` from going on as `record` says, "" if nothing: settings that are not free, the contents of the data files, the chat
-    template. Files that both records have, the training data first, then the held-out, are compared by hash: they may lie elsewhere now."""
+    """What keeps a run with the run.json `before` from going on as `record` says, "" if nothing: settings that are not free, the contents of the data files, the
+    chat template, the models. Data files that both records have, the training's first, then the held-out, are compared by hash: they may lie elsewhere now."""
     old, new, files = before["config"], record["config"], list(zip(before.get("data", {}).items(), record["data"].items()))
     free = free | {*("data", "eval_data")[:len(files)]}
     if names := [name for name in new if name not in free and old.get(name) != new[name]]:
@@ -179,6 +186,9 @@ def changed(before: dict, record: dict, free: set[str]) -> str:
             return f"{file} has other contents (SHA-256 {now}...) than {place} when the run began ({was}...); put the old file back, or choose another --out"
     if (was := before.get("chat_template", record["chat_template"])) != (now := record["chat_template"]):
         return f"the chat template of --model {new['model']} is another one (SHA-256 {now}...) than when the run began ({was}...); put the old one back, or choose another --out"
+    for path, now in record.get("models", {}).items():
+        if (was := before.get("models", {}).get(path, now)) != now:
+            return f"{path} is not the model that it was when the run began (SHA-256 {was}..., now {now}...): put the old one back, or choose another --out"
     return ""
 
 
@@ -198,8 +208,9 @@ def lost(out: Path, save_every: int, passed: list[str]) -> str:
 
 def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, model: str = "model") -> tuple[Path | None, list[str]]:
     """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin,
-    which writes its model into the folder `model` of `out`. ValueError where `out` holds a run that is not to be resumed, one of other settings (but for the `free`
-    ones) or data, one whose checkpoints are gone, or anything that a new run would mix with or write over, such as --model itself. A collective."""
+    which writes its model into the folder `model` of `out`; data that only the earlier one has noted (--eval_problems 0 now) are added to it. ValueError where `out`
+    holds a run that is not to be resumed, one of other settings (but for the `free` ones), data or models, one whose checkpoints are gone, or anything that a new run
+    would mix with or write over, such as --model itself. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if (out / model).resolve() == Path(record["config"]["model"]).resolve():
@@ -214,6 +225,7 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
     before = read_record(out / "run.json", "config") if resume and (out / "run.json").exists() else {}
     if before and (why := changed(before, record, free)):
         raise ValueError(f"--resume: {why}")
+    record["data"] |= dict(list(before.get("data", {}).items())[len(record["data"]):])
     all_max(0)                                                # the first process writes run.json anew: not before all have read it
     start, passed = newest_of_all(out / "checkpoints") if before else (None, [])
     if start and int(start.name[5:]) > record["config"].get("steps", math.inf):
@@ -246,9 +258,10 @@ def main() -> None:
     if args.out.exists():
         sys.exit(f"error: {args.out} is there already: choose another --out")
     if (note := args.checkpoint / "adapter_config.json").is_file():
-        about = json.loads(note.read_text())
+        about, dtype = json.loads(note.read_text()), AutoConfig.from_pretrained(args.checkpoint).dtype or torch.float32               # what the run held its base in
         try:
-            model = lora.add_adapters(load_model(base := about["base_model_name_or_path"])[0], about["r"], about["lora_alpha"], ",".join(about["target_modules"]), base)
+            base, _ = load_model(name := about["base_model_name_or_path"], dtype=str(dtype).removeprefix("torch."))
+            model = lora.add_adapters(base, about["r"], about["lora_alpha"], ",".join(about["target_modules"]), name)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: the adapters' model: {error}")
         state = load_checkpoint(args.checkpoint, model)

@@ -84,6 +84,12 @@ def gather_rows(rows: list[dict]) -> list[dict]:
     return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].tolist()))]
 
 
+def added_up(counts: dict[str, float]) -> dict[str, float]:
+    """{name: sum of all processes' counts}; one that a process lacks is 0 there. A collective."""
+    parts = gather_rows([dict(counts)])
+    return {name: sum(part.get(name, 0) for part in parts) for name in {name: 0 for part in parts for name in part}}
+
+
 def meet(what: str, seconds: float) -> None:
     """All processes wait here for each other, before the first collective after work of unknown length. RuntimeError names who did not come within `seconds`."""
     if world() == 1:
@@ -156,6 +162,12 @@ def gathered(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def plain(x: torch.Tensor) -> torch.Tensor:
     """A tensor as one piece on this process; a collective where it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def finite(model: torch.nn.Module) -> bool:
+    """Are all trained parameters finite, on every process? A collective."""
+    parts = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters() if p.requires_grad]
+    return not all_max(not torch.stack([part.sum(dtype=torch.float64) for part in parts]).isfinite().all())
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ PROMPT = 1024                            # tokens of a prompt, where they cannot
 STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of the judge's three questions on each
 B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
+ELSEWHERE = "http://"            # a reward model that is none of this machine's, as a remedy
 READER, SMALL_READER = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"        # the first is assumed where no --gsrm is given
 KNOWN = {"Qwen/Qwen2.5-Math-1.5B": B1 | {"max_position_embeddings": 4096}, "Qwen/Qwen2.5-Math-7B": B7 | {"max_position_embeddings": 4096},
          "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": B7 | {"max_position_embeddings": 131072}, READER: B7 | {"max_position_embeddings": 32768},
@@ -218,10 +219,12 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     times = {"sampling": rollouts.seconds, "scoring": 0.0, "reference": 2 * s.params * tokens / FLOPS if config.beta else 0.0,
              "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
     times["update"] += 2 * teacher.params * tokens * config.updates_per_batch / FLOPS if teacher else 0.0
-    reader = sampling(readers[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if readers and config.w_structure else None
+    here = readers if config.w_structure else []
+    sampled = here and not config.gsrm.startswith("http")                      # else a judge alone: what reads answers behind the URL
+    reader = sampling(here[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if sampled else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
-        times["scoring"] = reader.seconds + 2 * readers[-1].params * rows * STEPS * 3 * QUESTION / FLOPS
+    times["scoring"] = (reader.seconds if reader else 0.0) + sum(2 * x.params * rows * STEPS * 3 * QUESTION / FLOPS for x in here[-1:])
     cpu = sum(at_rest.values()) + gradients if config.offload else 0
     return Plan(memory, cpu, times, rollouts, reader, math.ceil(tokens / (micro // longest * longest)))
 
@@ -231,7 +234,7 @@ def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
     free = {"--gradient_checkpointing True": {"gradient_checkpointing": True}, f"--cache_gb {config.cache_gb / 2:g}": {"cache_gb": config.cache_gb / 2},
             f"--max_tokens {config.max_tokens // 2}": {"max_tokens": config.max_tokens // 2}, "--offload True": {"offload": True}}
     other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0},
-             "--gsrm http://...": {"gsrm": "http://"}}
+             "--gsrm http://...": {"gsrm": ELSEWHERE}}
     new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
     together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
     way = lambda text: (text, replace(config, **new[text]), world)
@@ -276,7 +279,7 @@ def show_memory(plan: Plan, card: float, ways: Iterable[tuple[str, Plan]]) -> No
 
 def show(config: Settings, readers: list[str], world: int) -> None:
     """Prints the whole plan. readers: checkpoints of the reward models that will run in each process. ValueError where a model's config cannot be read."""
-    fit = lambda c, processes: estimate(c, shape(student, c.lora_rank, c.lora_targets), [] if c.gsrm.startswith("http") else shapes, processes, prompt, teacher)
+    fit = lambda c, processes: estimate(c, shape(student, c.lora_rank, c.lora_targets), [] if c.gsrm == ELSEWHERE else shapes, processes, prompt, teacher)
     student, assumed = read_config(config.model), bool(config.w_structure and not config.gsrm and not config.structure_reward)
     teacher = shape(read_config(config.teacher)) if config.teacher else None
     shapes = [shape(read_config(path)) for path in ([READER] if assumed else readers)]
@@ -285,7 +288,8 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     r, updates, rows = plan.rollouts, config.updates_per_batch, config.problems_per_step * config.group_size
     print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
-    reader = f"{READER} assumed, give --gsrm" if assumed else ", ".join(readers) or config.gsrm or config.structure_reward or "none"
+    served = [config.gsrm] if config.gsrm.startswith("http") else []
+    reader = f"{READER} assumed, give --gsrm" if assumed else ", ".join(served + readers) or config.gsrm or config.structure_reward or "none"
     print(f"reward model   {reader}" + f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" * bool(shapes))
     if teacher:
         print(f"teacher        {config.teacher}: {teacher.params / 1e6:,.2f}M parameters")

@@ -29,21 +29,22 @@ def rollout_rows(step: int, problems: list[Problem], texts: list[str], rollout: 
 
 
 def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: int) -> dict[str, float]:
-    """Means over the step's completions, under TRL's metric names."""
+    """Means over the step's completions, under TRL's metric names and with its sample deviations; `num_tokens` are those of this step's completions."""
     def whole(r: dict) -> bool:
         return all(r["rewards"][name] is not None for name in r["rewards"] if weights[name])
     scored = [r for r in rows if whole(r)]
     totals = [sum(weights[name] * value for name, value in r["rewards"].items() if weights[name]) for r in scored]
-    out = {"step": step, "reward": float(np.mean(totals)) if totals else math.nan, "reward_std": float(np.std(totals)) if totals else math.nan, "unscored": len(rows) - len(scored)}
+    mean, std = (lambda values: float(np.mean(values)) if values else math.nan), (lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
+    out = {"step": step, "reward": mean(totals), "reward_std": std(totals), "unscored": len(rows) - len(scored)}
     for name in rows[0]["rewards"]:
         values = [r["rewards"][name] for r in rows if r["rewards"][name] is not None]
-        out |= {f"rewards/{name}/mean": float(np.mean(values)) if values else math.nan, f"rewards/{name}/std": float(np.std(values)) if values else math.nan}
+        out |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
     if (true := [r["true_structure"] for r in rows if r["true_structure"] is not None]):
-        out["true_structure"] = float(np.mean(true))
+        out["true_structure"] = mean(true)
     groups = [[r["advantage"] for r in rows[g:g + group_size] if whole(r)] for g in range(0, len(rows), group_size)]
     compared = [group for group in groups if len(group) > 1]                    # what could not be scored says nothing about how hard a problem is
     lengths, ended = [r["length"] for r in rows], [r["length"] for r in rows if r["stop"] == "stop"]
-    return out | {"frac_reward_zero_std": sum(not any(g) for g in compared) / max(1, len(compared)), "completions/mean_length": float(np.mean(lengths)),
+    return out | {"frac_reward_zero_std": mean([not any(g) for g in compared]), "completions/mean_length": mean(lengths),
                   "completions/min_length": min(lengths), "completions/max_length": max(lengths), "completions/clipped_ratio": 1 - len(ended) / len(rows),
                   "completions/mean_terminated_length": float(np.mean(ended)) if ended else 0.0, "num_tokens": sum(lengths)}
 

@@ -62,7 +62,7 @@ def score(problems: list[Problem], texts: list[str], finished: list[bool], gsrm:
 
 def advantages(rewards: dict[str, list[float | None]], config: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """((N,) advantages, (N,) bool scored) of this process's rewards."""
-    tables = {name: torch.tensor([math.nan if v is None else v for v in values]).view(-1, config.group_size) for name, values in rewards.items()}
+    tables = {name: torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64).view(-1, config.group_size) for name, values in rewards.items()}
     weights = {name: w for name, w in reward_weights(config).items() if name in tables}
     if not any(weights.values()):                        # distillation alone (--teacher_kl): no row is better than another
         return torch.zeros(len(rewards["outcome"])), torch.ones(len(rewards["outcome"]), dtype=torch.bool)

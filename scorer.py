@@ -5,7 +5,6 @@
     --gsrm toy:read                              a rule of the working folder that reads a trace into steps; equal words are its judge
     --structure_reward reward:line_similarity    a function of the working folder that gives the structure reward itself, without reading steps
 """
-import hashlib
 import importlib
 import importlib.util
 import math
@@ -24,6 +23,7 @@ from grade import grade_all
 from gsrm import GSRM, Score, Step, exact_judge, judge_by, reading_rule, structure_rewards
 from plan import CACHE_GB, sampler_of
 from rollout import TextModel, check_head
+from watch import model_hash
 
 
 @contextmanager
@@ -78,7 +78,6 @@ class OwnReward:
 
 
 URLS = ("http://", "https://")
-WHOLE = 1 << 28                        # bytes of a file that is read whole to know it again; of a larger one 4 KB in 64, which leaves out no tensor of a size that is trained
 
 
 def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float32", cache_gb: float = CACHE_GB, judges: bool = True) -> TextModel | Endpoint:
@@ -130,16 +129,7 @@ def load_gsrm(gsrm: str, judge: str, cache_path: Path | None, device: str, max_n
     gsrm, judge = served(gsrm), served(judge_of(gsrm, judge))
     reader = text_model(gsrm, device, max_new_tokens, dtype, cache_gb, judges=not judge)
 
-    def named(path: str) -> str:
-        """The path and what makes its answers: a retrained model at the same path must not meet the old one's cache."""
-        seen = hashlib.sha256()
-        for file in sorted(file for ending in ("safetensors", "bin", "json", "jinja", "model", "txt") for file in Path(path).glob(f"*.{ending}")):
-            with file.open("rb") as content:
-                for place in range(0, size := file.stat().st_size, 1 << 16):
-                    content.seek(place)
-                    seen.update(content.read(1 << (16 if size < WHOLE else 12)))
-        return f"{path} {seen.hexdigest()}"
-
+    named = lambda path: f"{path} {model_hash(path)}"        # a retrained model at the same path must not meet the old one's cache
     same_answer = lambda pairs: grade_all([f"\\boxed{{{student}}}" for _, student in pairs], [teacher for teacher, _ in pairs], 2.0)
     made = GSRM(reader.generate, judge_by(text_model(judge, device, 1, dtype, cache_gb).p_yes if judge else reader.p_yes, same_answer), cache_path, named(gsrm), normalize,
                 judge_name=named(judge) if judge else "", stop=stop)

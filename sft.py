@@ -35,7 +35,7 @@ from command import ConfigParser, ending, flag, folder, write_record, writing
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, hollow, inside, plain, rank, recompute, shard, start, units, whole_state, world
+from parallel import all_sum, finish, finite, hollow, inside, plain, rank, recompute, shard, start, units, whole_state, world
 from rollout import check_head, micro_batches, predictors
 from update import even
 from watch import Leave, leaving, run_record
@@ -119,9 +119,8 @@ def load_texts(config: Config, tokenizer: Tokenizer, path: str, split: str) -> l
     rows = [] if Path(path).is_dir() else read_jsonl(data_file(path), faults)
     are_pairs = any(isinstance(row, dict) and row.keys() & {"prompt", "target"} for _, row in rows)
     if config.task and (rows or Path(path).is_dir()) and are_pairs != (config.task == "gsrm"):
-        raise ValueError(f"{path} holds {'prompt/target pairs' if are_pairs else 'problems'}, and --task {config.task} wants " +
-                         ("problems with teacher traces: --task gsrm takes the pairs of a GSRM, no --task any" if are_pairs else
-                          "lines with 'prompt' and 'target': `python gsrm.py annotate` makes them from problems"))
+        raise ValueError(f"{path} holds " + ("prompt/target pairs, and --task trace wants problems with teacher traces: --task gsrm takes the pairs of a GSRM, no --task any"
+                         if are_pairs else "problems, and --task gsrm wants lines with 'prompt' and 'target': `python gsrm.py annotate` makes them from problems"))
     if not are_pairs:
         problems = load_problems(path, split, config.skip_bad)[:first or None]
         tell(f"problems of {path} have no teacher trace and are left out", [p.id for p in problems if not p.teachers] if any(p.teachers for p in problems) else [])
@@ -146,8 +145,7 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
     if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
         if not config.skip_long or len(long) == len(examples):
-            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's positions); {len(long)} of {len(examples)} pairs are too long: "
-                             "--skip_long leaves them out")
+            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
         tell(f"pairs of {path} are longer than {most} tokens and are left out", long)
     return [e for e in examples if length(e) <= most]
 
@@ -237,6 +235,8 @@ def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: in
             optimizer.param_groups[0]["lr"] = lr * schedule(step / steps)
             optimizer.step()
             optimizer.zero_grad()
+            if not finite(model):
+                raise FloatingPointError(f"step {step + 1} left weights that are not finite: lower the learning rate, or look at its pairs")
             yield total
     finally:
         model.eval()
@@ -313,7 +313,7 @@ def main(config: Config) -> None:
     there = [name for name in ("config.json", "run.json", "sft.json") if (Path(config.out) / name).exists()]
     if there and not ((half := "run.json" in there and "sft.json" not in there) and config.resume):
         raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * half)
-    record = run_record(config, files, load_tokenizer(config.model))
+    record = run_record(config, files, load_tokenizer(config.model), [config.model])
     with writing(folder(config.out), rank() == 0) as out:
         start, passed = start_folder(out, record, config.resume, FREE - {"keep"}, "")      # of train.py a number; here it says which weights are the model
         torch.manual_seed(config.seed)

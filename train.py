@@ -106,7 +106,7 @@ class Config:
     lora_alpha: int = flag(32, "adapters count alpha / rank", "[1, inf)")
     lora_targets: str = flag("all-linear", "layers with adapters: all-linear, or names such as q_proj,v_proj; never the head")
     reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards", "[1, inf)")
-    max_faults: int = flag(3, "steps in a row whose loss or gradient is not finite: back to the last good checkpoint once, then the run ends; or without a score", "[1, inf)")
+    max_faults: int = flag(3, "steps in a row, not finite: back to the last good checkpoint once (of broken weights at once), then the end; or without any score", "[1, inf)")
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
     warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
     warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
@@ -223,8 +223,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
     rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
-    true = true_structure(run.truth, problems, texts)
-    adv, scored = advantages(rewards, config)
+    true, (adv, scored) = true_structure(run.truth, problems, texts), advantages(rewards, config)
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
     leave()
     clock.append(time.time())
@@ -239,8 +238,9 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": rate, "step_time": clock[-1] - clock[0]}
     metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "reference", "update"), clock, clock[1:])}
     metrics |= {"time/tokens_per_second": metrics["num_tokens"] / metrics["step_time"], "time/peak_memory_gb": peak_gigabytes(config.device)}
-    if run.gsrm:                                          # what scoring cost: like the times, it depends on what the caches already held
-        metrics |= {f"time/gsrm/{name}": value for name, value in run.gsrm.stats.items()}
+    metrics["num_tokens"] += int(parallel.all_sum(torch.tensor(sum(map(len, prompts)))))
+    if run.gsrm:                                          # what scoring cost all processes: like the times, it depends on what the caches already held
+        metrics |= {f"time/gsrm/{name}": value for name, value in parallel.added_up(run.gsrm.stats).items()}
         run.gsrm.stats.clear()
     metrics |= {"warnings": said} if (said := warnings(metrics, config)) else {}
     return metrics, table, [rollout.completion(n) for n in range(len(rows))]
@@ -255,10 +255,10 @@ def measure(run: Run, path: Path) -> str:
 def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None:
     """The loop, from the step of `state` to the last. Leave: asked to end, the checkpoint is written. FloatingPointError, ConnectionError: nothing finite, no reward comes."""
     config, done, rewards, shown, idle, track = run.config, state["step"], [], {}, 0, tracker(run.config.log_to, out, run.config)
-    faults = Faults(config.max_faults, state.get("faults", 0), state.get("rolled_back", False))
+    faults, seen = Faults(config.max_faults, state.get("faults", 0), state.get("rolled_back", False)), state.get("num_tokens", 0)
 
     def save() -> None:
-        checkpoints.save(run.model, run.tokenizer, run.optimizer, done, reward=float(np.mean(rewards)) if rewards else None, faults=faults.in_row, rolled_back=faults.rolled_back)
+        checkpoints.save(run.model, run.tokenizer, run.optimizer, done, reward=float(np.mean(rewards)) if rewards else None, num_tokens=seen, **faults.notes())
         rewards.clear()
 
     with leaving() as leave:
@@ -266,6 +266,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
             for step in range(done, config.steps):
                 metrics, table, tokens = step_once(run, step, leave)
                 done, saved, idle = step + 1, False, idle + 1 if metrics["unscored"] == config.problems_per_step * config.group_size else 0
+                metrics["num_tokens"] = seen = seen + metrics["num_tokens"]                    # TRL's: all that the run has seen
                 rewards.extend([metrics["reward"]] * math.isfinite(metrics["reward"]))          # a step without a scored row has none
                 if rank() == 0:
                     append_jsonl(out / "rollouts.jsonl", table)
@@ -278,16 +279,15 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                             print(f"  warning: {text}", flush=True)
                     if metrics["nonfinite"]:
                         dump(out, metrics, table, tokens)
-                if verdict := faults.verdict(metrics["nonfinite"]):
+                if verdict := faults.verdict(metrics["nonfinite"], metrics["nonfinite_weights"]):
                     checkpoints.wait()
                     good = newest_of_all(out / "checkpoints")[0]
                     if verdict == "stop" or good is None:
-                        again = ", again after going back to a checkpoint" * (verdict == "stop")
-                        raise FloatingPointError(f"{config.max_faults} steps in a row had a loss or gradient that is not finite{again}: "
-                                                 f"lower --lr, look at {out / 'faults'}, or at the data of those steps")
+                        raise FloatingPointError(faults.why + ", again after going back to a checkpoint" * (verdict == "stop")
+                                                 + f": lower --lr, look at {out / 'faults'}, or at the data of those steps")
                     load_checkpoint(good, run.model, run.optimizer)
                     if rank() == 0:
-                        print(f"  {config.max_faults} steps in a row were not finite: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
+                        print(f"  {faults.why}: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
                 if saved := bool(verdict) or idle == config.max_faults or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
                     save()
                 checkpoints.wait(0 if done < config.steps else None)               # of the last step while signals are still noted
@@ -303,23 +303,23 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
 
 
 def main(config: Config) -> None:
+    readers = checkpoints_of("" if config.structure_reward else config.gsrm, config.judge)
     if config.dry_run:
-        return plan.show(config, checkpoints_of("" if config.structure_reward else config.gsrm, config.judge), world()) if rank() == 0 else None
+        return plan.show(config, readers, world()) if rank() == 0 else None
     say = print if rank() == 0 else (lambda *_, **__: None)
-    record = run_record(config, data_files(config)[:1 + bool(config.eval_problems)], load_tokenizer(config.model))
+    record = run_record(config, data_files(config)[:1 + bool(config.eval_problems)], load_tokenizer(config.model), [config.model, config.teacher, *readers])
     with writing(folder(config.out), rank() == 0) as out:
         start, passed = start_folder(out, record, config.resume)
         say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
         say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default)
-            + "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy" and not (Path(config.model) / "tiktoken.json").is_file()))
-        say(f"{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
+            + "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy" and not (Path(config.model) / "tiktoken.json").is_file())
+            + f"\n{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
         run = set_up(config, out)
         plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
         checkpoints = Checkpoints(out / "checkpoints", config.keep)
         state = load_checkpoint(start, run.model, run.optimizer) if start else {"step": 0}
         if rank() == 0:
-            if config.resume:
-                cut_logs(out, state["step"], config.steps)
+            cut_logs(out, state["step"], config.steps)        # a new run has none
             write_record(out / "run.json", record)
         total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
         say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)

@@ -5,7 +5,7 @@
 
 The denominator is that of all rows of all processes, so a micro-batch adds its plain share, gradients are sums, and the update depends neither on how the
 rows were cut nor on how they were dealt out. The log-probs are made inside the head's matmul (logprob.py), [N, V] logits are never held.
-A loss or a gradient that is not finite moves nothing, on any process: the step is skipped and reported.
+A loss or a gradient that is not finite moves nothing, on any process: the step is skipped and reported. So are weights that the optimiser has made infinite.
 """
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from data import Tokenizer, load_model
 from grpo import denominator, grpo_loss
 from logprob import linear_kl, linear_logprob, linear_policy_loss
-from parallel import all_max, all_sum, inside, plain, world
+from parallel import all_max, all_sum, finite, inside, plain, world
 from rollout import Rollout, check_head, micro_batches, predictors
 
 
@@ -131,24 +131,26 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
 
 
 def merged(updates: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of all updates on the same rollouts as one row: means, but the largest of a /max and of "nonfinite"."""
+    """The metrics of all updates on the same rollouts as one row: means, but the largest of a /max and of "nonfinite" and "nonfinite_weights"."""
     mean = lambda values: sum(values) / len(values)
-    return {name: (max if name.endswith("/max") or name == "nonfinite" else mean)([m[name] for m in updates]) for name in updates[0]}
+    return {name: (max if name.endswith("/max") or name.startswith("nonfinite") else mean)([m[name] for m in updates]) for name in updates[0]}
 
 
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
-    """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite."""
+    """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite,
+    or the weights are not now; "nonfinite_weights" is 1 where they are not."""
     names = ["tokens", "all", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
              "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"] + ["teacher_kl"] * ("teacher_kl" in sums)
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
     largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
     norm, tokens, every = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens"), means.pop("all")
-    finite = math.isfinite(norm) and math.isfinite(total)
-    stepped = finite and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
+    sound = math.isfinite(norm) and math.isfinite(total)
+    stepped = sound and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
     if stepped:
         optimizer.step()
     optimizer.zero_grad()
+    broken = stepped and not finite(model)                  # the optimiser's own arithmetic: a learning rate far too high, moments that have overflowed
     means = {name: value / max(every if name.startswith(("entropy", "clip_ratio")) else tokens, 1) for name, value in means.items()}
     return {"loss": total, **means, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
-            "skipped_step": float(not stepped), "nonfinite": float(not finite)}
+            "skipped_step": float(not stepped), "nonfinite": float(not sound or broken), "nonfinite_weights": float(broken)}

@@ -4,6 +4,7 @@
 
 Nothing here changes a figure of the training: a run with every warning silenced is the same run.
 """
+import hashlib
 import json
 import platform
 import re
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from transformers import AutoConfig
 
-from data import Tokenizer, file_hash, template_hash
+from data import Tokenizer, file_hash, one_line, template_hash
 from parallel import all_max, rank, world
 
 # ------------------------------------------------------------------------------------------------ why nothing is being learned
@@ -59,21 +61,27 @@ def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
                             "time/gsrm/* in log.jsonl; they are left out, not counted as 0"
                             + f"; {cut:.0f} times a structure was cut off: --gsrm_max_new_tokens may be too small" * (cut > 0))
     if m["nonfinite"]:
-        said["nonfinite"] = "loss or gradient is not finite: the update was skipped on every process, its batch is in faults/"
+        said["nonfinite"] = ("the update left weights that are not finite: they are not kept" if m.get("nonfinite_weights") else
+                             "loss or gradient is not finite: the update was skipped on every process") + ", its batch is in faults/"
     return said
 
 
 class Faults:
-    """Steps in a row whose loss or gradient was not finite, and whether the run has been rolled back for it."""
+    """Steps in a row that were not finite, and whether the run has been rolled back for it."""
 
     def __init__(self, most: int, in_row: int = 0, rolled_back: bool = False):
-        self.most, self.in_row, self.rolled_back = most, in_row, rolled_back
+        self.most, self.in_row, self.rolled_back, self.why = most, in_row, rolled_back, ""
 
-    def verdict(self, nonfinite: float) -> str:
-        """"" to go on, "roll back" once, "stop" after that."""
+    def notes(self) -> dict[str, int | bool]:
+        """What a checkpoint keeps of them."""
+        return {"faults": self.in_row, "rolled_back": self.rolled_back}
+
+    def verdict(self, nonfinite: float, broken: float = 0.0) -> str:
+        """"" to go on, "roll back" once, "stop" after that. nonfinite: of the step's loss, gradient or weights; broken: of its weights, with which nothing can go on."""
         self.in_row = self.in_row + 1 if nonfinite else 0
-        if self.in_row < self.most:
+        if self.in_row < self.most and not broken:
             return ""
+        self.why = "an update left weights that are not finite" if broken else f"{self.most} steps in a row had a loss or gradient that is not finite"
         self.in_row, again, self.rolled_back = 0, self.rolled_back, True
         return "stop" if again else "roll back"
 
@@ -118,6 +126,9 @@ def leaving() -> Iterator[Callable[[], None]]:
 
 # ------------------------------------------------------------------------------------------------ the record, and dashboards
 
+WHOLE = 1 << 28                        # bytes of a file that is read whole to know it again; of a larger one 4 KB in 64, which leaves out no tensor of a size that is trained
+
+
 def peak_gigabytes(device: str) -> float:
     """Peak memory so far: of the GPU, or of this process."""
     if device.startswith("cuda"):
@@ -135,8 +146,23 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def run_record(config: object, files: list[Path], tokenizer: Tokenizer) -> dict:
-    """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files and of the chat template."""
+def model_hash(path: str) -> str:
+    """SHA-256 of all that a model's answers follow from, so that another one at the same path is noticed: of a checkpoint folder its files' contents, of a hub name
+    the revision that is here; of a URL nothing can be known."""
+    seen = hashlib.sha256()
+    if not Path(path).is_dir() and "://" not in path:
+        with one_line(path):
+            seen.update(str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", "")).encode())
+    for file in sorted(file for ending in ("safetensors", "bin", "json", "jinja", "model", "txt") for file in Path(path).glob(f"*.{ending}")):
+        with file.open("rb") as content:
+            for place in range(0, size := file.stat().st_size, 1 << 16):
+                content.seek(place)
+                seen.update(content.read(1 << (16 if size < WHOLE else 12)))
+    return seen.hexdigest()
+
+
+def run_record(config: object, files: list[Path], tokenizer: Tokenizer, models: list[str]) -> dict:
+    """run.json: everything needed to say what this run was: settings, versions, commit, machine, hashes of the data files, of the models' and of the chat template."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
     versions: dict[str, str | None] = {"torch": torch.__version__}           # with its build, +cu130
@@ -150,7 +176,8 @@ def run_record(config: object, files: list[Path], tokenizer: Tokenizer) -> dict:
     except FileNotFoundError:                                # no git here
         commit = ""
     return {"config": asdict(config), "command": sys.argv, "processes": world(), "versions": versions, "python": platform.python_version(), "commit": commit or None,
-            "machine": machine(), "data": {str(file): file_hash(file) for file in files}, "chat_template": template_hash(tokenizer)}
+            "machine": machine(), "data": {str(file): file_hash(file) for file in files}, "models": {path: model_hash(path)[:16] for path in models if path},
+            "chat_template": template_hash(tokenizer)}
 
 
 def tracker(name: str, out: Path, config: object) -> Callable[[dict[str, float]], None]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.distributed.checkpoint as dcp
 from test_train import ROOT, config, data, lines, weights  # noqa: F401
@@ -66,6 +67,36 @@ def test_what_is_written_is_what_was_saved_though_training_goes_on(small, tmp_pa
     checkpoints.wait()
     assert damage(tmp_path / "step_000001") == "" and load_checkpoint(tmp_path / "step_000001", model, optimizer) == {"step": 1, "reward": 0.5}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), then))
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_whole(small, tmp_path):
+    """transformers writes those after the first into a folder of their own, whose files belong to the checkpoint."""
+    model, _, optimizer = small
+    tokenizer = tiny.tokenizer("chatml", ["hello"])
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": tiny.CHATML + "{# tools #}"}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, tokenizer, optimizer, 1)
+    checkpoints.wait()
+    inner, = (file for file in (tmp_path / "step_000001").rglob("*tool_use*"))
+    assert damage(tmp_path / "step_000001") == "" and inner.parent != tmp_path / "step_000001"
+    inner.write_text(tiny.CHATML)
+    assert inner.name in damage(tmp_path / "step_000001")
+
+
+def test_copies_beside_the_checkpoints_are_none_of_the_run_s(small, tmp_path):
+    """Neither gone on from, nor deleted, nor tripped over; and a million steps come after 999999."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    copies = [tmp_path / name for name in ("step_000003_best", "step_000009_2", "step_9", "step_final")]
+    for folder in copies:
+        folder.mkdir()
+    for step in (1, 2, 3):
+        checkpoints.save(*small, step)
+        checkpoints.wait()
+    assert newest(tmp_path) == (tmp_path / "step_000003", []) and all(folder.is_dir() for folder in copies) and not (tmp_path / "step_000002").exists()
+    (tmp_path / "step_000003").rename(tmp_path / "step_999999")
+    checkpoints.save(*small, 1_000_000)
+    checkpoints.wait()
+    assert newest(tmp_path)[0].name == "step_1000000" and not (tmp_path / "step_999999").exists()
 
 
 @pytest.mark.parametrize("fused", [True, None])

@@ -123,6 +123,16 @@ def test_a_checkpoint_is_exported_merged(straight, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_checkpoint_is_exported_on_the_base_that_the_run_computed_with(peft, data, tmp_path):  # noqa: F811
+    """A float32 base under --dtype bfloat16 was rounded when the adapters were trained, and model/ is made of that."""
+    train.main(config(data, tmp_path / "out", *RANK, "--dtype", "bfloat16", "--steps", "1"))
+    done = subprocess.run([sys.executable, "checkpoint.py", str(tmp_path / "out/checkpoints/step_000001"), "--out", str(tmp_path / "model")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    a, b = weights(tmp_path / "out"), weights(tmp_path)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_two_processes_make_the_same_steps(straight, data, tmp_path):  # noqa: F811
     """Shards of adapters beside shards of frozen weights."""
     code, said, _ = torchrun(2, "train.py", *SMALL, *RANK, "--steps", "3", "--save_every", "2", "--data", str(data), "--out", str(tmp_path))

@@ -163,6 +163,8 @@ def test_what_is_shared_out_is_shared_out():
      ["Qwen/Qwen2.5-1.5B-Instruct, Qwen/Qwen2.5-1.5B-Instruct: 3,087.43M parameters in each process"]),
     ("qwen1.5b", ("--max_new_tokens", "3500"), ["the model has 4096 positions: --max_new_tokens 3072"]),
     ("paper", (), ["7,615.62M", "8 problems x 4 = 32", "does not fit in 80 GB", "--nproc_per_node 8", "--offload True"]),
+    ("qwen1.5b", ("--gsrm", "http://127.0.0.1:1/v1#m", "--judge", "Qwen/Qwen2.5-7B-Instruct"),
+     ["reward model   http://127.0.0.1:1/v1#m, Qwen/Qwen2.5-7B-Instruct: 7,615.62M parameters in each process", ", reward model 15.2"]),
     ("paper-zero", ("--gsrm", "http://127.0.0.1:1/v1#m"), ["reward model   http://127.0.0.1:1/v1#m\n", "= 4096 tokens each"])])
 def test_dry_run_needs_no_network_and_leaves_nothing(preset, flags, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, PretrainedConfig
 
-import scorer
+import watch
 from data import TiktokenTokenizer, load_model
 from scorer import load_gsrm
 
@@ -25,7 +25,7 @@ def saved(folder: Path, config: PretrainedConfig, **spec: object) -> str:
 @pytest.mark.parametrize("rows, whole", [(300, 1 << 28), (150_000, 1 << 28), (150_000, 1 << 20)])
 def test_a_reward_model_trained_anew_at_the_same_path_has_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, whole: int) -> None:
     """Also where only the layers were trained and the embedding, more than 16 MiB that stand first in the file, was not; and where the same weights read other prompts."""
-    monkeypatch.setattr(scorer, "WHOLE", whole)
+    monkeypatch.setattr(watch, "WHOLE", whole)
     path, cache = saved(tmp_path / "gsrm", LlamaConfig(vocab_size=rows, tie_word_embeddings=True, **SIZES)), tmp_path / "cache.jsonl"
     before = load_gsrm(path, "", cache, "cpu", 4)
     again = load_gsrm(path, "", cache, "cpu", 4)

@@ -317,6 +317,21 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_moves_nothing(alone: 
     assert all(torch.equal(parallel.plain(p.detach()), old) and old.isfinite().all() for p, old in zip(model.parameters(), after, strict=True))
 
 
+def test_weights_that_an_update_broke_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser's own overflow, after a finite loss and gradient: no step is given on, so none is kept."""
+    real, model, losses = torch.optim.AdamW.step, tiny(), []
+
+    def step(self: torch.optim.AdamW) -> None:
+        real(self)
+        if len(losses) == 1:
+            self.param_groups[0]["params"][-1].data.view(-1)[0] = math.inf
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(FloatingPointError, match="step 2 left weights that are not finite: lower the learning rate, or look at its pairs"):
+        for loss in train_pairs(model, itertools.repeat(BATCH), 5, 1e-3, lambda progress: 1.0):
+            losses.append(loss)
+    assert len(losses) == 1
+
+
 def test_a_run_that_a_gradient_ends_keeps_its_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the step, writes no model, and the same command goes on from step 2 to the weights of a run without the accident."""
     tiny().save_pretrained(tmp_path / "start")

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, Qwen2Config
 import reward
 import train
 from checkpoint import Checkpoints, load_checkpoint
-from data import Problem, file_hash, load_model, problem_ids, stop_and_pad_ids, write_jsonl
+from data import Problem, file_hash, load_model, load_tokenizer, problem_ids, stop_and_pad_ids, write_jsonl
 from gsrm import Score
 from rollout import Rollout, Sampler
 from toy import make_problems
@@ -97,9 +98,13 @@ def test_ratio_is_one_on_the_first_pass(straight):
 
 def test_the_logged_figures_are_those_of_the_rollouts(straight):
     rows = [json.loads(line) for line in (straight / "rollouts.jsonl").read_text().splitlines()]
+    tokenizer, seen, problems = load_tokenizer("toy/student"), 0, {r["id"]: Problem(r["id"], r["problem"], r["gold"]) for r in rows}
     for log in lines(straight):
         of_step = [r for r in rows if r["step"] == log["step"]]
-        assert len(of_step) == 16 and log["num_tokens"] == sum(r["length"] for r in of_step)
+        seen += sum(r["length"] + len(problem_ids(tokenizer, problems[r["id"]])) for r in of_step)
+        assert len(of_step) == 16 and log["num_tokens"] == seen                    # TRL's: prompts and completions, of the run so far
+        deviation = lambda value, of_step=of_step: pytest.approx(statistics.stdev(value(r["rewards"]) for r in of_step))
+        assert log["reward_std"] == deviation(lambda r: r["structure"] + r["outcome"]) and log["rewards/outcome/std"] == deviation(lambda r: r["outcome"])
         assert log["rewards/structure/mean"] == pytest.approx(sum(r["rewards"]["structure"] for r in of_step) / 16) == pytest.approx(log["true_structure"])  # the rule is the truth
         assert log["completions/clipped_ratio"] == sum(r["stop"] == "length" for r in of_step) / 16
         groups = [[r["advantage"] for r in of_step[g:g + 4]] for g in range(0, 16, 4)]
@@ -127,6 +132,14 @@ def test_an_unscored_row_is_left_out_and_never_a_zero(data):
     assert torch.allclose(adv[4:8].sum(), torch.tensor(0.0), atol=1e-6)    # the others are compared among themselves
     zero, adv_zero, _ = one_step(data, lambda n: 0.0 if n == 5 else value(n))
     assert not torch.equal(gone, zero) and adv_zero[5] < 0
+
+
+def test_large_rewards_keep_their_differences():
+    """A structure reward of one's own may be any number: in float32 1e6 and 1e6 + 0.01 are one, and 1e39 none."""
+    settings = train.Config(w_structure=1.0, w_outcome=0.0, w_format=0.0, group_size=2, preset="")
+    for low, high in ((1e6, 1e6 + 0.01), (-1e39, 1e39)):
+        adv, scored = reward.advantages({"structure": [low, high]}, settings)
+        assert adv.tolist() == pytest.approx([-1, 1], abs=1e-6) and scored.all() and adv.dtype == torch.float32
 
 
 def test_a_reward_that_is_not_a_number_is_no_score(monkeypatch):
@@ -329,12 +342,32 @@ def test_a_run_is_not_resumed_on_other_data_or_another_chat_template(data, tmp_p
             go(2, tmp_path, "--resume", "auto")
         assert snapshot(out) == kept
         file.write_text(before)
+    weight = student / "model.safetensors"
+    before = weight.read_bytes()
+    weight.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"--resume: {student} is not the model that it was when the run began .SHA-256 .* put the old one back, or choose another --out"):
+        go(2, tmp_path, "--resume", "auto")
+    assert snapshot(out) == kept
+    weight.write_bytes(before)
     moved = [tmp_path / "moved" / name for name in ("train.jsonl", "test.jsonl")]
     moved[0].parent.mkdir()
     for file in moved:
         (tmp_path / file.name).rename(file)
     go(2, moved[0].parent, "--resume", "auto")
     assert [row["step"] for row in lines(out)] == [1, 2] and json.loads((out / "run.json").read_text())["data"] == {str(file): file_hash(file) for file in moved}
+    go(3, moved[0].parent, "--resume", "auto", "--eval_problems", "0")                                   # knows nothing of the test data; what the run knew stays
+    moved[1].write_text("".join(problems[9:]))
+    with pytest.raises(ValueError, match="test.jsonl has other contents"):
+        go(4, moved[0].parent, "--resume", "auto")
+
+
+def test_the_record_names_every_model_that_a_run_loads(tmp_path):
+    """And no other: not the GSRM of a structure reward of one's own, not what answers behind a URL."""
+    flags = ["--data", "toy", "--out", str(tmp_path / "out"), "--steps", "1", "--eval_problems", "0", "--problems_per_step", "1", "--group_size", "2", "--max_new_tokens", "4",
+             "--teacher", "toy/student", "--gsrm", "toy/gsrm"]
+    train.main(train.parse_config(flags))
+    models = json.loads((tmp_path / "out/run.json").read_text())["models"]
+    assert [Path(path).resolve().name for path in models] == ["student", "gsrm", "judge"] and len(set(models.values())) == 3
 
 
 def snapshot(folder):

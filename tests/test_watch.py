@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from test_train import config, data, lines, weights  # noqa: F401
+from transformers import AutoModelForCausalLM
 
 import train
 import update
@@ -117,6 +118,41 @@ def test_a_broken_student_is_found_though_no_loss_is_taken(data, tmp_path, spoil
     with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite"):
         train.main(config(data, tmp_path, "--steps", "4", "--max_faults", "2", "--beta", "0"))
     assert [row["nonfinite"] for row in lines(tmp_path)] == [0, 1, 1]
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """AdamW's steps of these numbers leave an infinite weight, though loss and gradient were finite."""
+    calls, real, steps = [0], torch.optim.AdamW.step, set()
+
+    def step(self, *args):
+        real(self, *args)
+        calls[0] += 1
+        if calls[0] in steps:
+            self.param_groups[0]["params"][-1].data.view(-1)[0] = float("inf")
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return steps
+
+
+@pytest.mark.parametrize("last", [4, 3])
+def test_weights_that_an_update_broke_are_never_kept(data, tmp_path, overflow, capsys, last):  # noqa: F811
+    """At once back to the checkpoint before, also in the run's last step; and not a second time."""
+    overflow |= {3}
+    train.main(config(data, tmp_path, "--steps", str(last), "--save_every", "1", "--keep", "4"))
+    assert [(row["nonfinite"], row["nonfinite_weights"]) for row in lines(tmp_path)] == [(0, 0), (0, 0), (1, 1), (0, 0)][:last]
+    assert "left weights that are not finite: parameters and optimiser are those of" in (said := capsys.readouterr().out) and "warning: the update left weights" in said
+    model = AutoModelForCausalLM.from_pretrained("toy/student")
+    at = []
+    for step in range(1, last + 1):
+        train.load_checkpoint(tmp_path / f"checkpoints/step_{step:06d}", model)
+        at.append([p.detach().clone() for p in model.parameters()])
+        assert all(p.isfinite().all() for p in at[-1])
+    assert all(torch.equal(p, q) for p, q in zip(at[1], at[2])) and all(w.isfinite().all() for w in weights(tmp_path).values())
+    if last == 3:
+        overflow |= {4}
+        with pytest.raises(FloatingPointError, match="an update left weights that are not finite, again after going back to a checkpoint: lower --lr"):
+            train.main(config(data, tmp_path, "--steps", "4", "--save_every", "1", "--keep", "4", "--resume", "auto"))
+        assert not (tmp_path / "checkpoints/step_000004").exists()
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(data, tmp_path, spoil):  # noqa: F811
