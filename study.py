@@ -1,6 +1,6 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick                                # base, SFT, GRPO, RLKD; 3 seeds; sparse regime: 37 minutes on two cores of a shared Xeon (out/quick.jsonl, out/quick.md)
+    python study.py --quick                                # base, GRPO, RLKD; 3 seeds; sparse regime: MMM minutes on two cores of a shared Xeon (out/quick.jsonl, out/quick.md)
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)
@@ -68,7 +68,7 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     "two updates, clip 0.2": [TRUE + " --updates_per_batch 2 --clip_high 0.2"], "two updates, DAPO's clip": [TRUE + " --updates_per_batch 2"],
 }
 MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
-QUICK = dict(arms=["rlkd", "sft 512", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2], results="out/quick.jsonl")        # the long ones first: no core waits at the end
+QUICK = dict(arms=["rlkd", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2], results="out/quick.jsonl")        # the long ones first: no core waits at the end
 NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
           "stayed and found,no steps,seconds,commands").split(",")                                          # of a finished line of the results
 KINDS = {"regime": str, "arm": str, "machine": str, "seed": int, "commands": list, "left": list, "curve": dict}          # of a line's fields; the others are numbers, or null
