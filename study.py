@@ -1,6 +1,6 @@
 """The evidence: arms x seeds as plain command lines over train.py, sft.py and eval.py; docs/study.md is drawn from one results file.
 
-    python study.py --quick                                # base, GRPO, RLKD; 3 seeds; sparse regime: MMM minutes on two cores of a shared Xeon (out/quick.jsonl, out/quick.md)
+    python study.py --quick                                # base, GRPO, RLKD; 3 seeds; sparse regime: 23 minutes on two cores of a shared Xeon (out/quick.jsonl, out/quick.md)
     python study.py                                        # the full study: goes on where docs/study.jsonl ends (many hours)
     python study.py --arms rlkd grpo --regimes dense --seeds 0 1 2 3 4 --results out/study.jsonl
     python study.py report                                 # docs/study.md, its tables and pictures, again from docs/study.jsonl alone (evidence.py)

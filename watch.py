@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig
 
-from data import Tokenizer, file_hash, one_line, template_hash
+from data import Tokenizer, check_folder, file_hash, one_line, template_hash
 from parallel import all_max, rank, world
 
 # ------------------------------------------------------------------------------------------------ why nothing is being learned
@@ -151,6 +151,7 @@ def model_hash(path: str) -> str:
     the revision that is here; of a URL nothing can be known."""
     seen = hashlib.sha256()
     if not Path(path).is_dir() and "://" not in path:
+        check_folder(path)
         with one_line(path):
             seen.update(str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", "")).encode())
     for file in sorted(file for ending in ("safetensors", "bin", "json", "jinja", "model", "txt") for file in Path(path).glob(f"*.{ending}")):

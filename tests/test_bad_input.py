@@ -129,6 +129,8 @@ BAD = [   # command line, what its one line has to say
     (EVAL + "--data {w}/long.jsonl", "nothing can be sampled"),
     (EVAL + "--data {w}/latin1.jsonl", "latin1.jsonl:1: not valid JSON"),
     (EVAL + "--gsrm {w}/nowhere", "nowhere: there is no such folder"),
+    (TRAIN + "--gsrm {w}/nowhere", "nowhere: there is no such folder"),
+    (TRAIN + "--teacher {w}/nowhere", "nowhere: there is no such folder"),
     (EVAL + "--gsrm toy/gsrm --gsrm_max_new_tokens 0", "'0' is not a whole number of 1 or more (budget of a written structure)"),
     (EVAL + "--judge toy/judge", "give --gsrm too, or leave it out"),
     (EVAL + "--truth rubbish:text", "it has to return a list of gsrm.Step"),
