@@ -41,6 +41,7 @@ from plots import plot, rollout_picture, small_multiples
 from report import compare, correlation, print_structure, print_table, summary
 from rollout import Sampler
 from scorer import load_function, load_gsrm, true_structure
+from watch import MODEL_FILES, revision
 
 # ------------------------------------------------------------------------------------------------ sampling and scoring
 
@@ -148,16 +149,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return c
 
 
-MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "tokenizer*", "tiktoken.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-               "*.model")                             # weights, what they are computed under, when a text ends, what ids say; of the chat template the one in use counts
-
-
-def settings(config: Config, budget: int, revision: str | None, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
-    """Everything that the generations and their scores follow from; a file is only gone on with under the same. `revision`: the hub's, of a model that is no folder here."""
+def settings(config: Config, budget: int, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
+    """Everything that the generations and their scores follow from; a file is only gone on with under the same. Of the chat template the one in use counts."""
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = {file.name: file_hash(file) for pattern in MODEL_FILES for file in sorted(Path(config.model).glob(pattern)) if file.is_file()}
     packages = ("torch", "transformers", "math-verify") + (("vllm",) if config.engine == "vllm" else ())
-    return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision,
+    return {"config": {name: value for name, value in asdict(config).items() if name != "out"} | {"max_new_tokens": budget}, "revision": revision(config.model),
             "model_files": files, "reward_model": [gsrm.name, gsrm.judge_name] if gsrm else None, "problems": len(problems),
             "problems_sha256": digest([asdict(p) for p in problems]), "chat_template_sha256": digest(tokenizer.chat_template), "prompts_sha256": digest(prompts),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
@@ -205,7 +202,7 @@ def sample_rows(config: Config, out: Path | None = None) -> tuple[list[dict], GS
     gsrm = load_gsrm(config.gsrm, config.judge, None, config.device, config.gsrm_max_new_tokens, dtype=config.dtype) if config.gsrm else None
     truth = load_function(config.truth) if config.truth else None
     k = config.k if config.temperature else 1
-    rows = start_file(out, settings(config, budget, getattr(model_config, "_commit_hash", None), tokenizer, problems, prompts, gsrm), k) if out else []
+    rows = start_file(out, settings(config, budget, tokenizer, problems, prompts, gsrm), k) if out else []
     if out and (lost := score_again(rows, gsrm, problems)):
         write_aside(out, lambda file: write_jsonl(file, rows))
         print(f"{len(lost)} completions in {out} had no structure reward and were scored again: now {sum(row['structure'] is None for row in lost)} have none")

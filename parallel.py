@@ -167,7 +167,8 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 def finite(model: torch.nn.Module) -> bool:
     """Are all trained parameters finite, on every process? A collective."""
     parts = [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters() if p.requires_grad]
-    return not all_max(not torch.stack([part.sum(dtype=torch.float64) for part in parts]).isfinite().all())
+    ends = [end for part in parts if part.numel() for end in part.aminmax()]           # without a copy of any; NaN comes through
+    return not all_max(bool(ends) and not torch.stack(ends).isfinite().all())
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

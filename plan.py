@@ -49,6 +49,7 @@ class Settings(Protocol):
     model: str
     data: str
     gsrm: str
+    judge: str
     structure_reward: str
     teacher: str
     skip_bad: bool
@@ -224,7 +225,7 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
     reader = sampling(here[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if sampled else None
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
-    times["scoring"] = (reader.seconds if reader else 0.0) + sum(2 * x.params * rows * STEPS * 3 * QUESTION / FLOPS for x in here[-1:])
+    times["scoring"] = (reader.seconds if reader else 0.0) + sum(2 * x.params * rows * STEPS * 3 * QUESTION / FLOPS for x in here[-1:] if not config.judge.startswith("http"))
     cpu = sum(at_rest.values()) + gradients if config.offload else 0
     return Plan(memory, cpu, times, rollouts, reader, math.ceil(tokens / (micro // longest * longest)))
 
@@ -234,7 +235,7 @@ def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
     free = {"--gradient_checkpointing True": {"gradient_checkpointing": True}, f"--cache_gb {config.cache_gb / 2:g}": {"cache_gb": config.cache_gb / 2},
             f"--max_tokens {config.max_tokens // 2}": {"max_tokens": config.max_tokens // 2}, "--offload True": {"offload": True}}
     other = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--lora_rank 32": {"lora_rank": config.lora_rank or 32}, "--beta 0": {"beta": 0.0},
-             "--gsrm http://...": {"gsrm": ELSEWHERE}}
+             "--gsrm http://..." + " --judge http://..." * bool(config.judge): {"gsrm": ELSEWHERE, "judge": config.judge and ELSEWHERE}}
     new = {text: change for text, change in (free | other).items() if replace(config, **change) != config}
     together = {name: value for text, change in free.items() if text in new for name, value in change.items()}
     way = lambda text: (text, replace(config, **new[text]), world)
@@ -288,8 +289,7 @@ def show(config: Settings, readers: list[str], world: int) -> None:
     r, updates, rows = plan.rollouts, config.updates_per_batch, config.problems_per_step * config.group_size
     print(settings_of(config))
     print(f"student        {config.model}: {s.params / 1e6:,.2f}M parameters" + (f", of which none is trained but {s.adapters / 1e6:.2f}M of adapters" if config.lora_rank else ""))
-    served = [config.gsrm] if config.gsrm.startswith("http") else []
-    reader = f"{READER} assumed, give --gsrm" if assumed else ", ".join(served + readers) or config.gsrm or config.structure_reward or "none"
+    reader = f"{READER} assumed, give --gsrm" if assumed else ", ".join([config.gsrm] * ("://" in config.gsrm) + readers) or config.gsrm or config.structure_reward or "none"
     print(f"reward model   {reader}" + f": {sum(x.params for x in shapes) / 1e6:,.2f}M parameters in each process" * bool(shapes))
     if teacher:
         print(f"teacher        {config.teacher}: {teacher.params / 1e6:,.2f}M parameters")

@@ -214,7 +214,7 @@ def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), wei
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
                 optimizer: torch.optim.AdamW | None = None, first: int = 0, checkpointing: bool = False) -> Iterator[float]:
     """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of the optimiser steps from `first`
-    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs. FloatingPointError: a loss or gradient is not finite."""
+    to `steps`; leaves it in eval mode. On several processes each is given all batches, and takes its share of the pairs. FloatingPointError: something is not finite."""
     optimizer = optimizer or adamw(model)
     was_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if checkpointing and not was_checkpointing:                               # the layers use it in training mode only

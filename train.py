@@ -222,6 +222,8 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
         rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
+    counts = getattr(run.gsrm, "stats", {})
+    counts.clear()                                        # of an evaluation before the first step
     rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
     true, (adv, scored) = true_structure(run.truth, problems, texts), advantages(rewards, config)
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
@@ -239,9 +241,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "reference", "update"), clock, clock[1:])}
     metrics |= {"time/tokens_per_second": metrics["num_tokens"] / metrics["step_time"], "time/peak_memory_gb": peak_gigabytes(config.device)}
     metrics["num_tokens"] += int(parallel.all_sum(torch.tensor(sum(map(len, prompts)))))
-    if run.gsrm:                                          # what scoring cost all processes: like the times, it depends on what the caches already held
-        metrics |= {f"time/gsrm/{name}": value for name, value in parallel.added_up(run.gsrm.stats).items()}
-        run.gsrm.stats.clear()
+    metrics |= {f"time/gsrm/{name}": value for name, value in parallel.added_up(counts).items()}        # seconds too; it depends on what the caches already held
     metrics |= {"warnings": said} if (said := warnings(metrics, config)) else {}
     return metrics, table, [rollout.completion(n) for n in range(len(rows))]
 
@@ -287,7 +287,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                                                  + f": lower --lr, look at {out / 'faults'}, or at the data of those steps")
                     load_checkpoint(good, run.model, run.optimizer)
                     if rank() == 0:
-                        print(f"  {faults.why}: parameters and optimiser are those of {good} again; going on with new problems", flush=True)
+                        print(f"  {faults.why}: parameters and optimiser are those of {good} again" + "; going on with new problems" * (done < config.steps), flush=True)
                 if saved := bool(verdict) or idle == config.max_faults or done == config.steps or bool(config.save_every and done % config.save_every == 0 and not faults.in_row):
                     save()
                 checkpoints.wait(0 if done < config.steps else None)               # of the last step while signals are still noted

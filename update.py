@@ -5,7 +5,8 @@
 
 The denominator is that of all rows of all processes, so a micro-batch adds its plain share, gradients are sums, and the update depends neither on how the
 rows were cut nor on how they were dealt out. The log-probs are made inside the head's matmul (logprob.py), [N, V] logits are never held.
-A loss or a gradient that is not finite moves nothing, on any process: the step is skipped and reported. So are weights that the optimiser has made infinite.
+A loss or a gradient that is not finite moves nothing, on any process: the step is skipped and reported. Weights that the optimiser itself has
+made infinite are reported, and train.py goes back to its last checkpoint.
 """
 import math
 from collections.abc import Callable

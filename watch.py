@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from data import Tokenizer, check_folder, file_hash, one_line, template_hash
 from parallel import all_max, rank, world
@@ -87,7 +87,7 @@ class Faults:
 
 
 def dump(out: Path, metrics: dict[str, float], table: list[dict], tokens: list[list[int]]) -> None:
-    """faults/step_N.json: all that is known of a step that was skipped; `tokens` are the completions' ids on the first process."""
+    """faults/step_N.json: all that is known of a step that was not finite; `tokens` are the completions' ids on the first process."""
     (out / "faults").mkdir(exist_ok=True)
     (out / "faults" / f"step_{metrics['step']:06d}.json").write_text(json.dumps({"metrics": metrics, "rollouts": table, "tokens": tokens}), encoding="utf-8")
 
@@ -126,6 +126,8 @@ def leaving() -> Iterator[Callable[[], None]]:
 
 # ------------------------------------------------------------------------------------------------ the record, and dashboards
 
+MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "tokenizer*", "tiktoken.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+               "*.model")                             # weights, what they are computed under, when a text ends, what ids say
 WHOLE = 1 << 28                        # bytes of a file that is read whole to know it again; of a larger one 4 KB in 64, which leaves out no tensor of a size that is trained
 
 
@@ -146,15 +148,20 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
+def revision(path: str) -> str | None:
+    """The hub's commit of a model that is no folder here."""
+    if Path(path).is_dir():
+        return None
+    check_folder(path)
+    with one_line(path):
+        return Path(cached_file(path, "config.json")).parent.name                 # .../snapshots/COMMIT/config.json
+
+
 def model_hash(path: str) -> str:
     """SHA-256 of all that a model's answers follow from, so that another one at the same path is noticed: of a checkpoint folder its files' contents, of a hub name
-    the revision that is here; of a URL nothing can be known."""
-    seen = hashlib.sha256()
-    if not Path(path).is_dir() and "://" not in path:
-        check_folder(path)
-        with one_line(path):
-            seen.update(str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", "")).encode())
-    for file in sorted(file for ending in ("safetensors", "bin", "json", "jinja", "model", "txt") for file in Path(path).glob(f"*.{ending}")):
+    its revision; of a URL nothing can be known."""
+    seen = hashlib.sha256((revision(path) or "" if "://" not in path else "").encode())
+    for file in sorted({file for pattern in (*MODEL_FILES, "*.jinja", "gsrm.json") for file in Path(path).glob(pattern) if file.is_file()}):
         with file.open("rb") as content:
             for place in range(0, size := file.stat().st_size, 1 << 16):
                 content.seek(place)

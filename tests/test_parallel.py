@@ -53,6 +53,8 @@ def test_three_steps_do_not_depend_on_the_number_of_processes(data, alone, tmp_p
     assert furthest(alone, tmp_path) < 1e-5
     for one, other in zip(lines(alone), lines(tmp_path), strict=True):
         assert all(one[k] == other[k] for k in ("reward", "num_tokens", "frac_reward_zero_std")) and one["kl"] == pytest.approx(other["kl"], abs=1e-6)
+    counted = [[json.loads(line)["time/gsrm/decompositions"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (alone, tmp_path)]
+    assert counted[0] == counted[1] and min(counted[0]) >= 16                                           # of all processes
     assert sorted((alone / "rollouts.jsonl").read_text().splitlines()) == sorted((tmp_path / "rollouts.jsonl").read_text().splitlines())
     train.main(config(data, alone.parent / "four", *STEPS[2:], "--steps", "4"))
     train.main(config(data, tmp_path, *STEPS[2:], "--steps", "4", "--resume", "auto"))                   # one process goes on from the shards of three
@@ -131,7 +133,8 @@ def job(tmp_path, text):
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(data, tmp_path):  # noqa: F811
-    """In two jobs' time: also resumed by torchrun after a process has died in step 3 (--max_restarts), with the steps before it from the checkpoint."""
+    """In two jobs' time: also resumed by torchrun after a process has died in step 3 (--max_restarts), with the steps before it from the checkpoint; and in the last step
+    the optimiser breaks a weight of that process's shard, so that both go back to the checkpoint before."""
     script = job(tmp_path, """
 calls, loss, mark = [0], update.linear_policy_loss, sys.argv[0] + ".died"
 def score(*args):
@@ -143,16 +146,22 @@ def score(*args):
 def spoiled(*args):
     value, *rest = loss(*args)
     return (value * float("nan") if calls[0] == 2 and me == 1 and not os.path.exists(mark) else value, *rest)
-train.score, update.linear_policy_loss = score, spoiled
+step = torch.optim.AdamW.step
+def breaks(self, *args):
+    step(self, *args)
+    if calls[0] == 3 and me == 1 and os.path.exists(mark):
+        self.param_groups[0]["params"][-1].data.to_local().view(-1)[0] = float("inf")
+train.score, update.linear_policy_loss, torch.optim.AdamW.step = score, spoiled, breaks
 """)
     code, said, _ = torchrun(2, script, *SMALL, "--steps", "4", "--data", str(data), "--out", str(tmp_path / "out"), "--save_every", "1",
                              "--resume", "auto", launcher=("--max_restarts", "1"))
     assert code == 0 and "the second process has an accident" in said, said[-3000:]
     log = lines(tmp_path / "out")
     assert [row["step"] for row in log] == [1, 2, 3, 4]
-    assert [row["nonfinite"] for row in log][0] == 0 and all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
-    fault, = (tmp_path / "out" / "faults").iterdir()
-    assert fault.name == "step_000002.json" and len(json.loads(fault.read_text())["rollouts"]) == 16
+    assert [(row["nonfinite"], row["nonfinite_weights"]) for row in log] == [(0, 0), (0, 0), (0, 0), (1, 1)]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out").values())
+    faults = sorted((tmp_path / "out" / "faults").iterdir())
+    assert [f.name for f in faults] == ["step_000002.json", "step_000004.json"] and len(json.loads(faults[0].read_text())["rollouts"]) == 16
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The plan against hand calculations and against real tensors; every preset in a small step; nothing is loaded or written by --dry_run."""
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -232,6 +233,22 @@ def test_every_remedy_that_is_named_helps(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " GB, " in line and line.startswith("  ")]
     assert len(lines) >= 6 and {line[-1] for line in lines} == {"fits", "alone"}
     assert all((float(line[line.index("GB,") - 1]) <= 0.92 * 80) == (line[-1] == "fits") for line in lines)
+
+
+def test_a_served_model_costs_this_process_nothing(capsys):
+    """Neither does the advice to serve one that is served already; a reader here does not do a served judge's work."""
+    def said(*flags):
+        train.main(train.parse_config(["--preset", "paper", "--dry_run", *flags]))
+        return capsys.readouterr().out
+    reader, url = ("--gsrm", plan.READER), "http://127.0.0.1:1/v1#m"
+    both, local, served = said(*reader, "--judge", url), said(*reader, "--judge", plan.SMALL_READER), said("--gsrm", url, "--judge", plan.SMALL_READER)
+    peak = lambda out: float(re.search(r"does not fit in 80 GB: ([\d.]+)", out)[1])
+    advice = lambda out: [(text, float(size)) for text, size in re.findall(r"^  (--gsrm http\S+(?: --judge http\S+)?) +([\d.]+) GB", out, re.M)]
+    none = peak(said("--w_structure", "0"))
+    assert advice(local) == advice(both) == [("--gsrm http://... --judge http://...", none)]
+    assert advice(served) == [("--gsrm http://... --judge http://...", none)] and advice(said("--gsrm", url)) == []
+    scoring = lambda out: float(re.search(r"scoring ([\d.]+) s", out)[1])
+    assert scoring(both) < scoring(local) and scoring(said("--gsrm", url, "--judge", url)) == 0
 
 
 def test_a_model_that_cannot_be_read_is_said_on_one_line():

@@ -362,12 +362,25 @@ def test_a_run_is_not_resumed_on_other_data_or_another_chat_template(data, tmp_p
 
 
 def test_the_record_names_every_model_that_a_run_loads(tmp_path):
-    """And no other: not the GSRM of a structure reward of one's own, not what answers behind a URL."""
-    flags = ["--data", "toy", "--out", str(tmp_path / "out"), "--steps", "1", "--eval_problems", "0", "--problems_per_step", "1", "--group_size", "2", "--max_new_tokens", "4",
-             "--teacher", "toy/student", "--gsrm", "toy/gsrm"]
-    train.main(train.parse_config(flags))
-    models = json.loads((tmp_path / "out/run.json").read_text())["models"]
-    assert [Path(path).resolve().name for path in models] == ["student", "gsrm", "judge"] and len(set(models.values())) == 3
+    """And no other: not the GSRM beside a structure reward of one's own, not a rule."""
+    def models(*flags):
+        out = tmp_path / "-".join(flags).replace("/", "_")
+        train.main(train.parse_config(["--data", "toy", "--out", str(out), "--steps", "1", "--eval_problems", "0", "--problems_per_step", "1", "--group_size", "2",
+                                       "--max_new_tokens", "4", *flags]))
+        return {Path(path).resolve().name: value for path, value in json.loads((out / "run.json").read_text())["models"].items()}
+    found = models("--teacher", "toy/student", "--gsrm", "toy/gsrm")
+    assert list(found) == ["student", "gsrm", "judge"] and len(set(found.values())) == 3
+    student = {"student": found["student"]}
+    assert models("--structure_reward", "reward:line_similarity", "--gsrm", "toy/gsrm") == models("--gsrm", "toy:read") == student
+
+
+def test_the_counts_of_a_step_are_its_own(data, tmp_path):
+    """And not of the evaluation before training, which asks the same reward model."""
+    counts = []
+    for name, problems in (("with", "3"), ("without", "0")):
+        train.main(config(data, tmp_path / name, "--steps", "1", "--eval_data", str(data), "--eval_problems", problems, "--eval_k", "1"))
+        counts.append(json.loads((tmp_path / name / "log.jsonl").read_text()))
+    assert counts[0]["time/gsrm/unscored"] == counts[1]["time/gsrm/unscored"] and 16 <= counts[0]["time/gsrm/decompositions"] <= counts[1]["time/gsrm/decompositions"]
 
 
 def snapshot(folder):

@@ -1,7 +1,11 @@
 """Warnings at their thresholds, numbers that are not finite (skipped, dumped, rolled back once, then the end), the run's record, dashboards."""
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +163,40 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(data, tmp_path, spo
     spoil |= {1, 2}
     with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite: lower --lr"):
         train.main(config(data, tmp_path, "--steps", "4", "--max_faults", "2"))
+
+
+HUB = """
+import sys, watch
+from pathlib import Path
+folder = Path(sys.argv[1])
+for commit in ("a" * 40, "b" * 40, "b" * 40):
+    (folder / "refs/main").write_text(commit)
+    print(watch.revision("me/tiny"), watch.model_hash("me/tiny"))
+"""
+
+
+def test_a_hub_model_is_known_by_its_revision(tmp_path):
+    """In a cache as huggingface_hub lays it out, without the network."""
+    folder = tmp_path / "hub/models--me--tiny"
+    for commit in ("a", "b"):
+        (folder / "snapshots" / (commit * 40)).mkdir(parents=True)
+        (folder / "snapshots" / (commit * 40) / "config.json").write_text('{"model_type": "qwen3"}')
+    (folder / "refs").mkdir()
+    done = subprocess.run([sys.executable, "-c", HUB, str(folder)], cwd=Path(watch.__file__).parent, env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+                          capture_output=True, text=True)
+    first, second, again = (line.split() for line in done.stdout.splitlines())
+    assert first[0] == "a" * 40 and second[0] == "b" * 40 and second == again and first[1] != second[1]
+
+
+def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path):
+    """A report card or generations that a command was told to write there; a chat template is."""
+    shutil.copytree("toy/gsrm", tmp_path / "gsrm")
+    before = watch.model_hash(str(tmp_path / "gsrm"))
+    for name in ("card.json", "rows.settings.json", "log.txt"):
+        (tmp_path / "gsrm" / name).write_text("{}")
+    assert watch.model_hash(str(tmp_path / "gsrm")) == before == watch.model_hash("toy/gsrm") and watch.revision("toy/gsrm") is None
+    (tmp_path / "gsrm/chat_template.jinja").write_text("{}")
+    assert watch.model_hash(str(tmp_path / "gsrm")) != before
 
 
 def test_a_signal_is_heard_once_and_handlers_come_back():
