@@ -10,6 +10,7 @@ a run of 13 words (letters or digits, in lower case), or all of it where it has 
 """
 import heapq
 import json
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -212,6 +213,12 @@ def records(rows: Iterable[tuple[int, tuple[str, object]]], name: str, convert: 
         yield line
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """ValueError where `out` is there and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already: choose another --out, or pass --overwrite")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python data.py convert", description="A public data set as the JSONL that data.py reads.", allow_abbrev=False)
     parser.add_argument("name", choices=CONVERTERS, help="whose rows they are")
@@ -223,11 +230,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--skip_bad", action="store_true", help="list malformed rows (and lines of --exclude) instead of stopping at one")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
-    aside, draw, counts, lists = args.out.parent / f".{args.out.name}.partial", random.Random(args.seed), Counter({"rows read": 0, "written": 0}), defaultdict(list)
+    aside = args.out.parent / f".{args.out.name}.{os.getpid()}.partial"        # its own: two conversions at once to one --out do not mix
+    draw, counts, lists = random.Random(args.seed), Counter({"rows read": 0, "written": 0}), defaultdict(list)
     lists.update({"dropped by --exclude": []} if args.exclude else {})          # then 0 is said too
     try:
-        if args.out.exists() and not args.overwrite:
-            raise ValueError(f"{args.out} exists already: choose another --out, or pass --overwrite")
+        check_out(args.out, args.overwrite)
+        if args.out.exists() and (read := [file for file in (args.input, *args.exclude) if file and Path(file).exists() and args.out.samefile(file)]):
+            raise ValueError(f"--out {args.out}: is {read[0]}, which is read: choose another --out")
         banned = {gram for file in args.exclude for problem in load_problems(file, "test", args.skip_bad) for gram in grams(problem.problem)}
         convert = (lambda row: gpqa(row, args.seed)) if args.name == "gpqa" else CONVERTERS[args.name][0]
         rows = enumerate(source_rows(args.input or CONVERTERS[args.name][1]), 1)
@@ -240,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
               *(f"{len(entries)} {what}{': ' * bool(entries)}{', '.join(entries[:20])}{', ...' if len(entries) > 20 else ''}" for what, entries in lists.items()), sep="\n")
         if not counts["written"]:
             raise ValueError(f"nothing to write to {args.out}: no row became a problem")
+        check_out(args.out, args.overwrite)                              # another conversion may have been there first
         aside.replace(args.out)
     except (ValueError, OSError, ImportError) as error:
         wanted = f": pip install {error.name}, or --input a .json or .jsonl file that exists" if isinstance(error, ImportError) else ""

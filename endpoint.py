@@ -49,14 +49,16 @@ class Answer:
 
 
 def read_answer(body: bytes) -> Answer | None:
-    """The Answer in a reply's bytes, None where they are no chat completion; never raises."""
+    """The Answer in a reply's bytes, None where they are no chat completion, or one that the server has broken off; never raises."""
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         first = ((choice.get("logprobs") or {}).get("content") or [None])[0]
         top = {entry["token"]: float(entry["logprob"]) for entry in (first, *(first.get("top_logprobs") or ()))} if first else {}
         prompt, completion = (n if isinstance(n := usage.get(name), int) else 0 for name in ("prompt_tokens", "completion_tokens"))
-        return Answer(plain(choice["message"].get("content") or ""), str(choice.get("finish_reason")), top, (prompt, completion))
+        if (finish := str(choice.get("finish_reason"))) in ("error", "abort", "aborted", "cancelled", "content_filter", "insufficient_system_resource"):
+            return None
+        return Answer(plain(choice["message"].get("content") or ""), {"max_tokens": "length", "model_length": "length"}.get(finish, finish), top, (prompt, completion))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -95,8 +97,9 @@ class Endpoint:
             raise ImportError("an endpoint needs the openai package: pip install openai") from None
         self.url, self.model, self.max_new_tokens, self.concurrency, self.deadline, self.retries = url, model, max_new_tokens, concurrency, deadline, retries
         self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, extra or {}
-        self.key, self.stats, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), top_logprobs
-        self.tally: Counter[str] = Counter()                # "cut_off" once more: whoever keeps counts of his own puts them here
+        self.key, self.stats, self.tally, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), Counter(), top_logprobs         # tally: see scorer
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("OPENAI_API_KEY must be one line of plain ASCII, without quotes around it")
         self.openai, self.client = openai, openai.AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=None)          # retries and deadlines are ours
         self.runner, self.lock, self.probe = asyncio.Runner(), threading.Lock(), asyncio.Lock()         # one loop for all calls: its connections stay open
         self.in_row, self.down_until, self.last_error = 0, 0.0, ""                                      # failures in a row; when to probe (0: not down)
@@ -275,7 +278,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
     record, rejected = companions(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     tasks = {hashlib.sha256(decompose_prompt(p.problem, t).encode("utf-8", "replace")).hexdigest(): (p, t) for p in problems for t in p.teachers}
-    written = lambda path: {row["key"]: row for row in kept(path) if row["model"] == endpoint.model}
+    written = lambda path: {row.get("key"): row for row in kept(path) if row.get("model") == endpoint.model and (path == rejected or row.keys() >= {"key", "prompt", "target"})}
     settled = written(record) | ({} if retry_rejected else written(rejected))
     bar = tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0)
 
@@ -295,7 +298,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
     with bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
     if retry_rejected and rejected.exists():             # the last word on each; what is annotated by now was rejected once and is no more
-        last = {(row["model"], row["key"]): row for row in kept(rejected) if row["model"] != endpoint.model or row["key"] not in written(record)}
+        last = {(row.get("model"), row.get("key")): row for row in kept(rejected) if row.get("model") != endpoint.model or row.get("key") not in written(record)}
         write_aside(rejected, lambda file: write_jsonl(file, list(last.values())))
     if not (rows := {key: row for key, row in written(record).items() if key in tasks}):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")

@@ -262,8 +262,8 @@ def commands(argv: list[str]) -> None:
     curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
     args = parser.parse_args(argv)
     if args.command == "rescore":
-        with writing(args.file):
-            rescore(args.file)
+        with writing(Path(args.file).resolve(strict=True)) as file:               # behind a link it is the file itself that is replaced
+            rescore(str(file))
     elif args.command == "compare":
         compare(args.a, args.b, args.plot)
     elif args.command == "show":

@@ -42,6 +42,9 @@ NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
+MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\s*\{{\s*               # 12\text{{ or 13}}, 18\text{{ million}}: no unit either
+    (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
+STYLED = re.compile(r"\\(?:math(?:bf|rm|it|sf)|boldsymbol|bm|pmb|underline)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$")      # around all that follows
 UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u20ac": "", "\u00a3": "", "~": " ", "\u2205": "\\emptyset ",
                          "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
                          **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",          # full width; braces group nothing
@@ -76,6 +79,7 @@ def as_latex(answer: str) -> str:
         return answer
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
+    text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
@@ -119,6 +123,9 @@ def quick_word(gold: str, answer: str) -> str:
         several = LABELS.match(bare) or len(words) > 1 and words <= set("ABCDEFGHIJ")      # C or D; not: (C) vitamins A and B
         chosen = None if several else OPTION.fullmatch(answer) or NAMED.match(bare)
         return str(chosen is not None and chosen[1].upper() == option[1])
+    bare = [re.sub(r"\\?%$", "", text) for text in (gold, answer)]                          # 12.5 and 12.5 %, -10 and -10 %
+    if gold.endswith("%") != answer.endswith("%") and all(map(NUMBER.fullmatch, bare)) and Fraction(bare[0]) == Fraction(bare[1]):
+        return "True"
     if all(based := [BASED.fullmatch(text) for text in (gold, answer)]):
         return str(based[0].groups() == based[1].groups())
     plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]

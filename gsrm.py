@@ -35,7 +35,7 @@ SameAnswer = Callable[[list[tuple[str, str]]], list[bool | None]]    # is the se
 KINDS = ("meta", "query", "answer")
 TAGS = {"meta": "Meta-reasoning", "query": "Sub-problem", "answer": "Answer"}
 NO_STEPS = "[No steps]"                                  # what a decomposer writes for a trace in which nothing was done
-TAG = re.compile(r"\[\s*(?:(?P<meta>meta[- ]?reasoning)|(?P<query>sub[- ]?problem)|(?P<answer>answer))\s+(?P<number>[0-9]{1,4})\s*\]\s*:", re.IGNORECASE)
+TAG = re.compile(r"(?:\*\*)?\[\s*(?:(?P<meta>meta[- ]?reasoning)|(?P<query>sub[- ]?problem)|(?P<answer>answer))\s+(?P<number>[0-9]{1,4})\s*\](?:\*\*)?\s*:(?:\*\*)?", re.IGNORECASE)
 ANY_TAG = re.compile(r"\[(?=\s*(?:meta[- ]?reasoning|sub[- ]?problem|answer|no steps)\b)", re.IGNORECASE)
 
 
@@ -71,10 +71,10 @@ def format_steps(steps: list[Step]) -> str:
 def parse_steps(text: str) -> Parsed:
     """Steps in the order of their numbers, strict about tags, lenient about blanks and case; never raises. A field belongs to the step of its
     own number wherever it stands; of a doubled field the first counts; a step that lacks a field is dropped."""
-    found: dict[int, dict[str, str]] = {}
-    dropped, tags = [], list(TAG.finditer(text))
+    found, dropped, tags = dict[int, dict[str, str]](), [], list(TAG.finditer(text))
+    fenced = tags and "```" in text[:tags[0].start()] and tags[-1].end() < text.rfind("```")          # Markdown, as chat models write it; ** about a tag, too
     for tag, after in zip(tags, [*tags[1:], None]):
-        number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else None]
+        number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else text.rfind("```") if fenced else None]
         if kind in found.setdefault(number, {}):
             dropped.append(f"second {TAGS[kind]} {number}")
         else:

@@ -57,8 +57,10 @@ def test_matched_uses_each_gold_step_once() -> None:
 
 
 @pytest.mark.parametrize(("answer", "value"), [("18", 18), ("$18", 18), ("She sells 18 eggs.", 18), ("1,026 dollars", 1026), ("2{,}000", 2000),
-                                               ("-2.5", Fraction(-5, 2)), (".5", Fraction(1, 2)), ("3 of 4", 4), ("Ann", None)])
-def test_value_of(answer: str, value: int | None) -> None:
+                                               ("-2.5", Fraction(-5, 2)), (".5", Fraction(1, 2)), ("3 of 4", 4), ("Ann", None),
+                                               ("1/2", Fraction(1, 2)), ("-1/2", Fraction(-1, 2)), ("3 1/2 hours", Fraction(7, 2)), ("= 4/5 of a serving", Fraction(4, 5)),
+                                               ("10-15", 15), ("5 - -3", -3), ("118,000", 118_000)])
+def test_value_of(answer: str, value: int | Fraction | None) -> None:
     assert value_of(answer) == value
 
 

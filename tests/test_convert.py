@@ -497,6 +497,8 @@ def test_a_bad_line_of_exclude_stops_or_is_listed(tmp_path: Path, capsys: pytest
 def test_an_existing_file_is_refused(tmp_path: Path) -> None:
     source, out = file_of(tmp_path, [GSM]), tmp_path / "out.jsonl"
     out.write_text("precious")
+    before = Path(source).read_bytes()
+    assert refused("gsm8k", source, source, "--overwrite") == f"--out {source}: is {source}, which is read: choose another --out" and Path(source).read_bytes() == before
     assert refused("gsm8k", source, out) == f"{out} exists already: choose another --out, or pass --overwrite"
     assert out.read_text() == "precious" and len(run("gsm8k", source, out, "--overwrite")) == 1
     assert refused("gsm8k", source, tmp_path) == f"{tmp_path} exists already: choose another --out, or pass --overwrite"
@@ -523,6 +525,22 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         convert.main(["gsm8k", "--input", str(source), "--out", str(tmp_path / "out.jsonl")])
     assert len(set(seen)) == 1 and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_two_conversions_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of one, another process fails at the same --out, and a third one is through: the file is that one's, whole, and the first says that it is there."""
+    source, out = file_of(tmp_path, [GSM] * 3), tmp_path / "out.jsonl"
+    other = [sys.executable, "data.py", "convert", "gsm8k", "--input", str(source), "--out", str(out)]
+
+    def meanwhile(row: dict) -> dict:
+        if not out.exists():
+            for more, status in (["--exclude", "nosuch"], 1), ([], 0):
+                assert subprocess.run([*other, *more], cwd=Path(convert.__file__).parent, capture_output=True).returncode == status
+        return gsm8k(row)
+    monkeypatch.setitem(CONVERTERS, "gsm8k", (meanwhile, ""))
+    with pytest.raises(SystemExit, match=f"error: {out} exists already: choose another --out, or pass --overwrite"):
+        convert.main(["gsm8k", "--input", str(source), "--out", str(out)])
+    assert len(load_problems(out)) == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
 
 
 def test_the_file_aside_becomes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tiny import free_port, serve
 import endpoint as module
 from data import Problem, TiktokenTokenizer, chat_ids, read_jsonl, write_jsonl
 from endpoint import EXAMPLES, TASK, Answer, Endpoint, EndpointDown, annotate, annotate_main, annotation_prompt, read_answer, read_p_yes
-from gsrm import GSRM, JUDGE, KINDS, NO_STEPS, TAGS, Step, decompose_prompt, faithful, format_steps, judge_by, judge_prompt, kept, neutralise, parse_steps
+from gsrm import GSRM, JUDGE, KINDS, NO_STEPS, TAGS, Step, decompose_prompt, exact_judge, faithful, format_steps, judge_by, judge_prompt, kept, neutralise, parse_steps
 from scorer import load_gsrm
 from sft import Config, load_pairs
 
@@ -728,6 +728,44 @@ def test_out_holds_the_pairs_of_today_s_problems_and_the_record_all_of_them(fake
     assert [row["prompt"] for row in rows_of(out)] == [decompose_prompt("N?", "e 4")] and fake.hits == 13 and len(rows_of(record)) == 11
     annotate_main(command(fake, problems_file(tmp_path, PROBLEMS), out))
     assert out.read_bytes() == whole and fake.hits == 13 and len(rows_of(record)) == 11
+
+
+@pytest.mark.parametrize("finish", ["error", "abort", "content_filter", "insufficient_system_resource"])
+def test_an_answer_that_the_server_broke_off_is_an_outage(fake: Fake, tmp_path: Path, make: Callable[..., Endpoint], finish: str) -> None:
+    """No half structure is rewarded, no teacher trace is taken for one without steps, no half becomes a target: all of it is asked again."""
+    half, whole = structure("a 1"), structure("a 1 then b 2")
+    for said in (half, ""):
+        fake.behave = lambda body, said=said: ok(said, finish=finish)
+        endpoint = make()
+        assert endpoint.generate(["x"]) == [None] and endpoint.stats["empty"] == 1
+        gsrm = GSRM(endpoint.generate, exact_judge)
+        assert [score.value for score in gsrm(["P?"], ["a 1 then b 2"], [["a 1 then b 2"]])] == [None]
+        with pytest.raises(SystemExit):
+            annotate_main(command(fake, problems_file(tmp_path, PROBLEMS[:1]), tmp_path / "pairs.jsonl"))
+        assert not any((tmp_path / f"pairs.jsonl{name}").exists() for name in ("", ".annotations.jsonl", ".rejected.jsonl"))
+    fake.behave = lambda body: ok(whole, finish="max_tokens")
+    assert make().generate(["x"]) == [""]                                    # cut off, by another name
+
+
+def test_a_record_with_a_line_of_somebody_elses_is_gone_on_with(fake: Fake, tmp_path: Path) -> None:
+    """One without a model, one without a prompt: what they lack is asked for, before or after."""
+    out, data = tmp_path / "pairs.jsonl", problems_file(tmp_path, PROBLEMS[:1])
+    fake.behave = annotator
+    annotate_main(command(fake, data, out))
+    record, whole = tmp_path / "pairs.jsonl.annotations.jsonl", out.read_bytes()
+    rows = rows_of(record)
+    record.write_text(json.dumps({"note": "mine"}) + "\n" + "".join(json.dumps({"key": row["key"], "model": row["model"]}) + "\n" for row in rows))
+    hits = fake.hits
+    annotate_main(command(fake, data, out, "--retry_rejected"))
+    assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines()) and fake.hits == hits + len(rows)
+
+
+@pytest.mark.parametrize("key", ["\u201csk-secret\u201d", "sk-secret\nsk-other"])
+def test_a_key_that_no_header_can_carry_is_said_and_not_shown(monkeypatch: pytest.MonkeyPatch, make: Callable[..., Endpoint], key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY must be one line of plain ASCII") as said:
+        make()
+    assert "secret" not in str(said.value)
 
 
 def test_what_does_not_parse_is_kept_apart(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -314,6 +314,13 @@ def test_rescore_grades_again_and_says_what_changed(tmp_path, capsys):
     assert [(r["correct"], r["answer"]) for r in now] == [(True, "1/2"), (True, "2/4"), (False, "3"), (True, "0.5")] and [r["text"] for r in now] == [r["text"] for r in rows]
     evaluation.commands(["rescore", str(file)])
     assert capsys.readouterr().out.splitlines()[0] == "0 of 4 verdicts changed" and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    write_jsonl(file, rows)
+    (link := tmp_path / "link.jsonl").symlink_to(file)
+    evaluation.commands(["rescore", str(link)])                             # what the link leads to is graded, and the link stays
+    assert link.is_symlink() and [r for _, r in read_jsonl(file)] == now
+    with pytest.raises(FileNotFoundError):
+        evaluation.commands(["rescore", str(tmp_path / "no/such.jsonl")])
+    assert not (tmp_path / "no").exists()
     file.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "gold"}) + "\n")
     with pytest.raises(ValueError, match="generation 1 has no gold answer"):
         evaluation.commands(["rescore", str(file)])

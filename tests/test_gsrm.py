@@ -389,6 +389,15 @@ def test_any_text_is_parsed_without_an_exception(text: str) -> None:
     assert parse_steps(format_steps(parsed.steps)).steps == parsed.steps
 
 
+@pytest.mark.parametrize("dressed", [
+    "```\n{}\n```", "Here are the steps:\n```text\n{}\n```\nThat is all.",
+    lambda text: re.sub(r"(\[[^]]*\]:)", r"**\1**", text), lambda text: re.sub(r"(\[[^]]*\])", r"**\1**", text)])
+def test_markdown_about_the_steps_is_none_of_them(dressed: str | Callable[[str], str]) -> None:
+    want = [Step("so `x`", "what is 2**3?", "8 **"), Step("b", "```c```", "d")]
+    text = format_steps(want)
+    assert parse_steps(dressed(text) if callable(dressed) else dressed.format(text)).steps == want == parse_steps(text).steps
+
+
 def test_long_malformed_texts_are_parsed_in_no_time() -> None:
     started = time.process_time()
     blanks = " " * 20_000                                            # a quadratic pattern takes 10 s here, a linear one nothing
