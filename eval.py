@@ -262,7 +262,8 @@ def commands(argv: list[str]) -> None:
     curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
     args = parser.parse_args(argv)
     if args.command == "rescore":
-        with writing(Path(args.file).resolve(strict=True)) as file:               # behind a link it is the file itself that is replaced
+        read_generations(args.file)                            # before a lock is made beside it
+        with writing(Path(args.file).resolve()) as file:       # behind a link it is the file itself that is replaced
             rescore(str(file))
     elif args.command == "compare":
         compare(args.a, args.b, args.plot)
