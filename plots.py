@@ -30,7 +30,7 @@ def read_logs(runs: Sequence[str]) -> dict[str, list[dict]]:
             raise ValueError(f"{run}: no log.jsonl there; give the folder that train.py wrote (--out)")
         if not (log := [row for _, row in log_lines(file)]):
             raise ValueError(f"{file}:1: expected the log line of a training step")
-        logs[name if names.count(name) == 1 else str(run)] = log
+        logs[(name if names.count(name) == 1 else str(run)).replace("$", r"\$")] = log          # as text: to matplotlib a pair of $ is mathematics
     return logs
 
 
@@ -99,7 +99,7 @@ def pass_curves(tables: dict[str, dict[str, tuple]], path: Path) -> None:
     for name, table in tables.items():
         sizes = sorted(int(metric[5:]) for metric in table if metric.startswith("pass@"))
         mean, low, high = np.array([table[f"pass@{k}"][:3] for k in sizes]).reshape(-1, 3).T
-        line, = axes.plot(sizes, mean, marker="o", markersize=3.5, label=name)
+        line, = axes.plot(sizes, mean, marker="o", markersize=3.5, label=name.replace("$", r"\$"))
         axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}")

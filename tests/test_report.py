@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,6 +257,16 @@ def test_small_multiples_draw_each_metric_of_each_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             plots.small_multiples(bad, tmp_path / "never.png")
     assert not (tmp_path / "never.png").exists()
+
+
+def test_a_name_with_dollar_signs_is_no_mathematics(tmp_path):
+    runs = [str(tmp_path / "x$y_{$"), str(tmp_path / "b")]
+    for run in runs:
+        Path(run).mkdir()
+        write_jsonl(Path(run) / "log.jsonl", [{"step": i, "true_structure": 0.2} for i in range(3)])
+    for draw in (plots.plot, plots.small_multiples):
+        draw(runs, tmp_path / "c.png")
+    plots.pass_curves({"x$y_{$": {"pass@1": (0.5, 0.4, 0.6), "pass@2": (0.6, 0.5, 0.7)}}, tmp_path / "p.png")
 
 
 def test_a_rollout_is_painted_by_what_its_steps_earned(tmp_path, monkeypatch):
