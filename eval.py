@@ -262,8 +262,10 @@ def commands(argv: list[str]) -> None:
     curves.add_argument("--simple", action="store_true", help="structure and outcome reward only, on one pair of axes")
     args = parser.parse_args(argv)
     if args.command == "rescore":
-        read_generations(args.file)                            # before a lock is made beside it
-        with writing(Path(args.file).resolve()) as file:       # behind a link it is the file itself that is replaced
+        file = Path(args.file).resolve()                       # behind a link it is the file itself that is replaced
+        if not file.parent.is_dir():
+            read_generations(file)                             # says so; a lock would make the folder
+        with writing(file):
             rescore(str(file))
     elif args.command == "compare":
         compare(args.a, args.b, args.plot)
