@@ -63,8 +63,8 @@ def equal_steps(a: Step, b: Step) -> bool:
 
 def value_of(answer: str) -> Fraction | None:
     """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", 7/2 for "3 1/2 hours", None where there is none."""
-    *_, last = [None, *re.finditer(r"(?:(\d+) )?((?:(?<![\d)%])-)?\d+/[1-9]\d*)|(?:(?<![\d)%])-)?\d*\.?\d+", THOUSANDS.sub(r"\1", answer))]
-    return None if last is None else Fraction(last[2]) + int(last[1] or 0) if last[2] else Fraction(last[0])
+    numbers = re.findall(r"(?:(\d+) (?=-?\d+/[1-9]))?((?:(?<![\d)%])-)?(?:\d+/[1-9]\d*|\d*\.?\d+))", THOUSANDS.sub(r"\1", answer))          # (whole or "", the rest)
+    return Fraction(numbers[-1][1]) + int(numbers[-1][0] or 0) if numbers else None
 
 
 def same_value(a: Step, b: Step) -> bool:

@@ -72,9 +72,9 @@ def parse_steps(text: str) -> Parsed:
     """Steps in the order of their numbers, strict about tags, lenient about blanks and case; never raises. A field belongs to the step of its
     own number wherever it stands; of a doubled field the first counts; a step that lacks a field is dropped."""
     found, dropped, tags = dict[int, dict[str, str]](), [], list(TAG.finditer(text))
-    fenced = tags and "```" in text[:tags[0].start()] and tags[-1].end() < text.rfind("```")          # Markdown, as chat models write it; ** about a tag, too
+    fence = text.rfind("```", tags[-1].end() + 1) if tags and "```" in text[:tags[0].start()] else -1          # Markdown, as chat models write it; ** about a tag, too
     for tag, after in zip(tags, [*tags[1:], None]):
-        number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else text.rfind("```") if fenced else None]
+        number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else fence if fence >= 0 else None]
         if kind in found.setdefault(number, {}):
             dropped.append(f"second {TAGS[kind]} {number}")
         else:

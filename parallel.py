@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -86,8 +87,10 @@ def gather_rows(rows: list[dict]) -> list[dict]:
 
 def added_up(counts: dict[str, float]) -> dict[str, float]:
     """{name: sum of all processes' counts}; one that a process lacks is 0 there. A collective."""
-    parts = gather_rows([dict(counts)])
-    return {name: sum(part.get(name, 0) for part in parts) for name in {name: 0 for part in parts for name in part}}
+    total = Counter()
+    for part in gather_rows([dict(counts)]):
+        total.update(part)
+    return dict(total)
 
 
 def meet(what: str, seconds: float) -> None:

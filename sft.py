@@ -145,7 +145,7 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
     if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
         if not config.skip_long or len(long) == len(examples):
-            raise ValueError(f"{long[0]}, more than {most} (--max_length, or the model's); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
+            raise ValueError(f"{long[0]}, more than {most} (--max_length, the model's positions); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
         tell(f"pairs of {path} are longer than {most} tokens and are left out", long)
     return [e for e in examples if length(e) <= most]
 

@@ -149,8 +149,8 @@ def machine() -> str:
 
 
 def revision(path: str) -> str | None:
-    """The hub's commit of a model that is no folder here."""
-    if Path(path).is_dir():
+    """The hub's commit of a model that is no folder here; None of a folder, and of what answers behind a URL."""
+    if Path(path).is_dir() or "://" in path:
         return None
     check_folder(path)
     with one_line(path):
@@ -160,7 +160,7 @@ def revision(path: str) -> str | None:
 def model_hash(path: str) -> str:
     """SHA-256 of all that a model's answers follow from, so that another one at the same path is noticed: of a checkpoint folder its files' contents, of a hub name
     its revision; of a URL nothing can be known."""
-    seen = hashlib.sha256((revision(path) or "" if "://" not in path else "").encode())
+    seen = hashlib.sha256((revision(path) or "").encode())
     for file in sorted({file for pattern in (*MODEL_FILES, "*.jinja", "gsrm.json") for file in Path(path).glob(pattern) if file.is_file()}):
         with file.open("rb") as content:
             for place in range(0, size := file.stat().st_size, 1 << 16):
@@ -184,7 +184,7 @@ def run_record(config: object, files: list[Path], tokenizer: Tokenizer, models: 
     except FileNotFoundError:                                # no git here
         commit = ""
     return {"config": asdict(config), "command": sys.argv, "processes": world(), "versions": versions, "python": platform.python_version(), "commit": commit or None,
-            "machine": machine(), "data": {str(file): file_hash(file) for file in files}, "models": {path: model_hash(path)[:16] for path in models if path},
+            "machine": machine(), "data": {str(file): file_hash(file) for file in files}, "models": {path: model_hash(path)[:16] for path in dict.fromkeys(filter(None, models))},
             "chat_template": template_hash(tokenizer)}
 
 
