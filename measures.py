@@ -78,7 +78,7 @@ def training(out: Path) -> dict[str, float | dict[str, list[float]]]:
     log = [row for _, row in read_jsonl(out / "log.jsonl")]
     names = {"outcome": "rewards/outcome/mean", "structure": "rewards/structure/mean", "true_structure": "true_structure", "length": "completions/mean_length",
              "entropy": "entropy", "unscored": "unscored"}
-    known = lambda rows, key: [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]                        # a step without a scored row has none
+    known = lambda rows, key: [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]         # a step without a scored row has none
     mean = lambda rows, key: float(np.mean(known(rows, key))) if known(rows, key) else math.nan
     curves: dict = {"curve": {name: [mean(log[i:i + 10], key) for i in range(0, len(log), 10)] for name, key in names.items() if key in log[0]}}
     if "rewards/structure/mean" in log[0]:

@@ -49,6 +49,11 @@ def log_row(step: int, rows: list[dict], weights: dict[str, float], group_size: 
                   "completions/mean_terminated_length": float(np.mean(ended)) if ended else 0.0, "num_tokens": sum(lengths)}
 
 
+def log_line(metrics: dict) -> dict:
+    """A step's metrics as log.jsonl keeps them: null where there is no finite number, for which JSON has no word (of a step that broke, faults/ says which it was)."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
+
+
 def screen_line(m: dict[str, float], steps: int, beta: float) -> str:
     """A training step on one line."""
     parts = [f"step {m['step']:4d}/{steps}", f"reward {m['reward']:.3f}"]

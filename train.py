@@ -270,7 +270,7 @@ def train_on(run: Run, state: dict, out: Path, checkpoints: Checkpoints) -> None
                 rewards.extend([metrics["reward"]] * math.isfinite(metrics["reward"]))          # a step without a scored row has none
                 if rank() == 0:
                     append_jsonl(out / "rollouts.jsonl", table)
-                    append_jsonl(out / "log.jsonl", [metrics])
+                    append_jsonl(out / "log.jsonl", [report.log_line(metrics)])
                     track(metrics)
                     print(report.screen_line(metrics, config.steps, config.beta), flush=True)
                     for name, text in metrics.get("warnings", {}).items():

@@ -227,9 +227,10 @@ def test_compare_refuses(tmp_path, other, words):
 # ------------------------------------------------------------------------------------------------ pictures
 
 def test_a_curve_leaves_gaps_out_and_looks_back():
-    log = [{"step": i, "kl": math.nan if i == 3 else float(i)} for i in range(30)] + [{"step": 30}]
+    log = [{"step": i, "kl": {3: math.nan, 5: None}.get(i, float(i))} for i in range(30)] + [{"step": 30}]
     steps, y, smooth = plots.curve(log, "kl")
-    assert steps == [i for i in range(30) if i != 3] and smooth[0] == 0 and smooth[-1] == pytest.approx(np.mean(range(20, 30))) and smooth[3] == pytest.approx((0 + 1 + 2 + 4) / 4)
+    assert steps == [i for i in range(30) if i not in (3, 5)]
+    assert smooth[0] == 0 and smooth[-1] == pytest.approx(np.mean(range(20, 30))) and smooth[3] == pytest.approx((0 + 1 + 2 + 4) / 4)
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 2, "rew', '{"step": 2, "reward": 1.0}', "{", '{"step": 2, "text": "\u03c0'])

@@ -152,7 +152,7 @@ def test_figures_of_one_student():
 
 def test_training_curves_and_their_agreement_with_the_true_structure(tmp_path):
     steps = range(1, 41)
-    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": math.nan if n in (2, *range(11, 21)) else 0.5, "true_structure": 0.5,
+    log = [{"step": n, "rewards/outcome/mean": n / 40, "rewards/structure/mean": {2: math.nan}.get(n) if n in (2, *range(11, 21)) else 0.5, "true_structure": 0.5,
             "completions/mean_length": 7, "entropy": 1, "unscored": n == 2} for n in steps]
     rollouts = [{"step": n, "rewards": {"structure": None if k == 2 else 0.5 * k}, "true_structure": 0.4 * k if n > 16 else 1 - k} for n in steps for k in range(3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

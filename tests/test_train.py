@@ -210,6 +210,7 @@ def test_an_outage_of_the_reward_model_is_no_reward_of_zero(data, tmp_path, monk
     train.main(config(data, tmp_path, "--steps", "1"))
     row, = lines(tmp_path)
     assert row["unscored"] == 16 and row["skipped_step"] == 1 and row["loss"] == 0 and "entropy" not in row["warnings"]
+    assert row["reward"] is row["frac_reward_zero_std"] is None and "NaN" not in (tmp_path / "log.jsonl").read_text()          # JSON has no such number
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path).values(), load_file(ROOT / "toy/student/model.safetensors").values()))
 
 
