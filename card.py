@@ -298,7 +298,7 @@ def main(argv: list[str]) -> None:
         problems, human = load_gold(data, args.limit)
         if len(problems) < 2 or not all(p.teachers for p in problems):
             raise ValueError(f"{data}: the report card needs two problems or more, each with a teacher trace")
-        truth, pairs = load_function(args.truth) if args.truth else None, find_function(args.pairs) if args.pairs else None
+        truth, pairs = load_function(args.truth) if args.truth else None, find_function(args.pairs, "toy:judging_text") if args.pairs else None
         gsrm = load_gsrm(args.gsrm, args.judge, None, args.device, args.gsrm_max_new_tokens)
         if pairs and not hasattr(gsrm.ask, "p_yes"):
             raise ValueError(f"--pairs asks the judge's model, and {args.gsrm} is a rule: leave it out")

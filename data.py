@@ -89,9 +89,10 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, rows: list[dict]) -> None:
-    """The same, at the end of a file."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """The same, at the end of a file, whose last line may lack its own end."""
+    with Path(path).open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def data_file(path: str | Path, split: str = "train") -> Path:
@@ -208,7 +209,7 @@ def one_line(path: str | Path) -> Iterator[None]:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
-    check_folder(path)
+    check_folder(path, "" if any(Path(path).glob("*.json")) else "config.json")
     with one_line(path):
         spec, config = Path(path) / "tiktoken.json", Path(path) / "config.json"
         tokenizer = TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)

@@ -298,7 +298,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         with ending():
-            if sys.argv[1:2] and sys.argv[1] in ("rescore", "compare", "show", "plot"):
+            if sys.argv[1:] and not sys.argv[1].startswith("-"):
                 commands(sys.argv[1:])
             else:
                 main(parse_config())

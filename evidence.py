@@ -6,10 +6,12 @@
 Interval: mean +- t(0.975, n-1) * sd / sqrt(n) over n seeds. Two arms are compared seed by seed, and a claim about them is supported (the interval of the difference lies
 on the claimed side of 0), not supported (on the other side), or undecided (0 is in it).
 """
+import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,8 @@ def band(axes, x: list, samples: list[np.ndarray], color: str, label: str, line:
     found = [mean_interval(sample) for sample in samples]
     mean = np.array([f[0] for f in found])
     axes.plot(x, mean, line, color=color, label=label, marker="o" if len(x) < 9 else None, markersize=4)
+    if len(x) == 1 and np.isfinite(found[0][2]):                       # a band has no width there
+        axes.errorbar(x, mean, yerr=mean - found[0][2], color=color, capsize=3)
     axes.fill_between(x, [max(0, f[2]) for f in found], [min(1, f[3]) for f in found], where=[np.isfinite(f[2]) for f in found], color=color, alpha=0.18, linewidth=0)
 
 
@@ -193,7 +197,7 @@ def draw_curves(runs: Runs, path: Path) -> None:
         curves = {arm: [row["curve"][name] for row in runs.get((regime, arm), {}).values() if name in row.get("curve", {})] for arm in COLORS}
         for arm, lines in curves.items():
             if lines:
-                band(axes, [10 * i + 5 for i in range(len(lines[0]))], list(np.array(lines, dtype=float).T), COLORS[arm], arm)
+                band(axes, [10 * i + 5 for i in range(max(map(len, lines)))], [np.array(ends, dtype=float) for ends in zip_longest(*lines)], COLORS[arm], arm)
         return any(curves.values())
     side_by_side(path, ("sparse", "dense"), draw, "step", {"outcome": "accuracy of the training rollouts", "true_structure": "their true structure"}, ylim=(0, 1))
 
@@ -205,10 +209,10 @@ def draw_data(runs: Runs, path: Path) -> None:
             there = [n for n, arm in arms.items() if (regime, arm) in runs]
             if there:
                 band(axes, there, [values(runs, regime, arms[n], name) for n in there], color, label)
-        for arm in ("base", "grpo"):
+        for arm in ("grpo", "base"):                       # where they are alike the dots of the base lie on the other's dashes
             if (regime, arm) in runs:
-                line, label = (":", "base") if arm == "base" else ("--", "grpo, 512 problems")
-                axes.axhline(values(runs, regime, arm, name).mean(), color=COLORS[arm], linestyle=line, label=label)
+                line, width, label = (":", 3, "base") if arm == "base" else ("--", 1.5, "grpo, 512 problems")
+                axes.axhline(values(runs, regime, arm, name).mean(), color=COLORS[arm], linestyle=line, linewidth=width, label=label)
         return bool(axes.lines)
     side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", {"sampled": "accuracy, sampled"}, xlim=(6, 11000), xscale="log", ylim=(0, 1))
 
@@ -228,7 +232,7 @@ def draw_left(runs: Runs, path: Path) -> None:
     """Where students leave every teacher branch: an arm a line, a step a column; then those who never do, and those who say no step."""
     plt, regimes, rest = pictures(), ("sparse", "dense"), ("never left", "stayed and found", "no steps")
     shown = {*COLORS, "sft 512 -> distillation", "line similarity", "structure : outcome 1/4"}
-    whole = {key: [row for row in seeds.values() if not {*rest, "left"} - set(row)] for key, seeds in runs.items()}
+    whole = {key: [row for row in seeds.values() if all(row.get(name) is not None for name in (*rest, "left"))] for key, seeds in runs.items()}
     arms = {regime: [arm for r, arm in runs if r == regime and arm in shown and whole[r, arm]] for regime in regimes}
     figure, grid = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(1, *map(len, arms.values()))), constrained_layout=True, squeeze=False)
     for axes, regime in zip(grid[0], regimes):
@@ -322,7 +326,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     made["study-size"] = (f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation on one core each, beside other work: "
                           + "; ".join(f"{count} on {name}" for name, count in sorted(machines.items())) + ".")
     minutes = lambda *keys: sum(row["seconds"] for key in keys for row in runs[key].values()) / 60
-    made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 2, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
+    made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 3, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
                                       f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`, "
                                       f"{minutes((regime, arm), (regime, other)):.0f} minutes of one core"
                                       for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled"))) or "*no runs yet*"
@@ -341,6 +345,7 @@ def report(rows: list[dict], made: dict[str, str], page: Path, template: Path) -
     """Writes the page (the template's prose, the rows' `blocks`) and its pictures beside it; the same rows give the same bytes. -> what was written."""
     runs, written, text, end = gathered(rows), [page], fill(template.read_text(encoding="utf-8"), made), "<!-- /study-size -->"
     if page.stem != template.stem:
+        text = re.sub(r"\]\((?!study[_.]|https?:)([^)]+)\)", lambda link: f"]({os.path.relpath(template.parent / link[1], page.parent)})", text)
         text = re.sub(r"\]\(study(_\w+\.png|\.jsonl)\)", rf"]({page.stem}\1)", text)
         text = text.replace(end, f"{end}\n\n**Tables and pictures are of the runs in {page.stem}.jsonl, the sentences are the committed study's and may not fit them.**")
     page.write_text(text, encoding="utf-8")

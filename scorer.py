@@ -35,21 +35,21 @@ def traced(name: str) -> Iterator[None]:
         raise RuntimeError(f"{name} has failed with {type(error).__name__}: {error}") from error
 
 
-def find_function(name: str) -> Callable:
-    """The function behind "module:function", a file of the working folder."""
+def find_function(name: str, like: str) -> Callable:
+    """The function behind "module:function", a file of the working folder; an error names one `like` it."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:                           # the folder of the script is there already
         sys.path.append(os.getcwd())
     with traced(name):
         found = getattr(importlib.import_module(module), function, None) if module.isidentifier() and importlib.util.find_spec(module) else None
     if not callable(found):
-        raise ValueError(f"{name}: no such function; give module:function, for example toy:read")
+        raise ValueError(f"{name}: no such function; give module:function, for example {like}")
     return found
 
 
 def load_function(name: str) -> Callable[[str], list[Step]]:
     """The same, for a rule that reads a trace into steps: ValueError where it gives anything else, the first time for the empty trace, at once."""
-    rule = find_function(name)
+    rule = find_function(name, "toy:read")
 
     def read(trace: str) -> list[Step]:
         with traced(name):
@@ -65,7 +65,7 @@ class OwnReward:
     """A structure reward from "module:function", called as a GSRM is: function(problems, traces, teacher traces of each) -> a number or None (could not be scored) of each."""
 
     def __init__(self, name: str):
-        self.name, self.function, self.stats = name, find_function(name), Counter()
+        self.name, self.function, self.stats = name, find_function(name, "reward:line_similarity"), Counter()
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
         with traced(self.name):

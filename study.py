@@ -13,6 +13,7 @@ its place. A seed is that of sampling, of the order of the problems and of the e
 """
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -156,10 +157,12 @@ def fault(row: object) -> str:
         return "no line of a study"
     if missing := [name for name in ("regime", "arm", "seed", "sampled", "seconds", "commands") if name not in row]:
         return f"no line of a study, it has no {missing[0]!r}"
-    number = lambda value: value is None or isinstance(value, int | float) and not isinstance(value, bool)
-    curves = [*curve.values()] if isinstance(curve := row.get("curve"), dict) else []
+    number = lambda value: value is None or isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    curve = row["curve"] if isinstance(row.get("curve"), dict) else {}
+    curves, left = [*curve.values()], row["left"] if isinstance(row.get("left"), list) else []
     odd = [name for name, value in row.items() if not (isinstance(value, KINDS[name]) if name in KINDS else number(value)) or name == "seconds" and value is None]
-    odd += ["curve"] * any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves)
+    odd += ["curve"] * (any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves) or "structure" in curve and "true_structure" not in curve)
+    odd += ["left"] * any(share is None or not number(share) for share in left)
     return f"field {odd[0]!r} is not what a study writes, got {repr(row[odd[0]])[:60]}" if odd else ""
 
 

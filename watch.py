@@ -47,8 +47,8 @@ def warnings(m: dict[str, float], config: Thresholds) -> dict[str, str]:
         said["entropy"] = (f"the entropy is {m['entropy']:.3f} nats a token (--warn_entropy {config.warn_entropy}): the student samples nearly the same completion every time, so "
                            "a group has little to compare; raise --beta or --clip_high, lower --lr, or stop here")
     if m["completions/clipped_ratio"] > config.warn_truncated:
-        said["truncated"] = (f"{m['completions/clipped_ratio']:.0%} of the completions were cut off at --max_new_tokens (--warn_truncated {config.warn_truncated}): their answers "
-                             "cannot be graded; raise the budget, or look at rollouts.jsonl whether the student ever stops (is its chat template the right one?)")
+        said["truncated"] = (f"{m['completions/clipped_ratio']:.0%} of the completions were cut off at --max_new_tokens (--warn_truncated {config.warn_truncated}): without an "
+                             "answer they count as wrong; raise the budget, or look at rollouts.jsonl whether the student ever stops (is its chat template the right one?)")
     if m["frac_reward_zero_std"] > config.warn_spreadless and "teacher_kl" not in m:         # a teacher model moves such rows too
         said["spreadless"] = (f"in {m['frac_reward_zero_std']:.0%} of the groups all rewards are equal (--warn_spreadless {config.warn_spreadless}), so nothing is learned from "
                               "them: the problems are too hard or too easy for this student, or --group_size is too small")

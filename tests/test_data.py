@@ -174,6 +174,9 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "rows.jsonl", rows[1:])
     append_jsonl(tmp_path / "new.jsonl", rows)
     assert [row for _, row in read_jsonl(tmp_path / "rows.jsonl")] == [row for _, row in read_jsonl(tmp_path / "new.jsonl")] == rows
+    (tmp_path / "cut.jsonl").write_text('{"a": "\u65e5"}', encoding="utf-8")                                              # a last line without its end is not glued to the next
+    append_jsonl(tmp_path / "cut.jsonl", rows)
+    assert (tmp_path / "cut.jsonl").read_bytes() == '{"a": "\u65e5"}\n'.encode() + (tmp_path / "new.jsonl").read_bytes()
 
 # ------------------------------------------------------------------------------------------------ tokenizers
 

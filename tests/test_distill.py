@@ -105,7 +105,7 @@ def test_a_structure_reward_of_ones_own(data, tmp_path, monkeypatch):  # noqa: F
     for name in ("mine:wrong", "mine:nan", "mine:number", "mine:nothing_at_all"):
         with pytest.raises(ValueError, match="has to return a list with a finite number, or None"):
             OwnReward(name)(["p"] * 2, ["t"] * 2, [["x"]] * 2)
-    with pytest.raises(ValueError, match="no such function"):
+    with pytest.raises(ValueError, match="no such function; give module:function, for example reward:line_similarity"):
         OwnReward("mine:nothing")
     (tmp_path / "failing.py").write_text("def number(problems, traces, teachers):\n    return [float(t) for t in traces]\n")
     (tmp_path / "absent.py").write_text("import a_package_that_is_not_there\n")

@@ -179,6 +179,16 @@ def test_the_page_is_made_from_the_rows_alone(tmp_path):
     assert linked == {"quick.jsonl", *(f"quick_{name}.png" for name in evidence.PICTURES)} and "of the runs in quick.jsonl" in page
 
 
+def test_a_page_elsewhere_links_to_what_is_there_and_draws_what_it_has(tmp_path):
+    """Runs of unlike lengths, one without the shares of who left: nothing of that ends the report after it has begun to write."""
+    some = rows() + rows("dense")[:1]
+    some[3]["curve"] = {name: curve[:1] for name, curve in some[3]["curve"].items()}
+    some[4]["never left"] = None
+    page = evidence.report(some, evidence.blocks(some), tmp_path / "quick.md", ROOT / "docs/study.md")[0]
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+    assert len(links) > 8 and all((tmp_path / link).exists() for link in links if link != "quick.jsonl") and "(bench.md)" not in links
+
+
 def test_a_step_without_a_scored_row_leaves_a_gap_and_no_more():
     """The curve of structure has no number in its last tens of one seed: that seed is left out, and counted."""
     lines = [row("sparse", "rlkd", seed, 0.5) for seed in range(3)]
@@ -190,7 +200,8 @@ def test_a_step_without_a_scored_row_leaves_a_gap_and_no_more():
 
 @pytest.mark.parametrize("name, value", [
     ("seed", None), ("seed", 0.5), ("regime", ["sparse"]), ("arm", None), ("seconds", "9"), ("seconds", None), ("sampled", "x"), ("found@64", True), ("curve", None),
-    ("curve", {"structure": 3}), ("curve", {"structure": [1.0], "outcome": [1.0, 2.0]}), ("machine", None), ("commands", "x")])
+    ("curve", {"structure": 3}), ("curve", {"structure": [1.0], "outcome": [1.0, 2.0]}), ("machine", None), ("commands", "x"),
+    ("curve", {"structure": [1.0], "outcome": [1.0]}), ("left", ["a"]), ("left", [None]), ("left", 3), ("greedy", math.inf), ("curve", {"outcome": [math.nan]})])
 def test_a_field_of_another_kind_is_named_with_its_line(tmp_path, name, value):
     (file := tmp_path / "study.jsonl").write_text(json.dumps(rows()[0]) + "\n" + json.dumps(rows()[1] | {name: value}) + "\n")
     with pytest.raises(ValueError, match=rf"study.jsonl:2: field '{name}' is not what a study writes, got "):
