@@ -163,14 +163,13 @@ def levels_table(runs: Runs, levels: dict[str, str]) -> str:
 
 # ------------------------------------------------------------------------------------------------ pictures
 
-def band(axes, x: list, samples: list[np.ndarray], color: str, label: str, line: str = "-") -> None:
+def band(axes, x: list, samples: list[np.ndarray], color: str, label: str) -> None:
     """Means over seeds with their intervals."""
-    found = [mean_interval(sample) for sample in samples]
-    mean = np.array([f[0] for f in found])
-    axes.plot(x, mean, line, color=color, label=label, marker="o" if len(x) < 9 else None, markersize=4)
-    if len(x) == 1 and np.isfinite(found[0][2]):                       # a band has no width there
-        axes.errorbar(x, mean, yerr=mean - found[0][2], color=color, capsize=3)
-    axes.fill_between(x, [max(0, f[2]) for f in found], [min(1, f[3]) for f in found], where=[np.isfinite(f[2]) for f in found], color=color, alpha=0.18, linewidth=0)
+    mean, _, low, high = np.array([mean_interval(sample) for sample in samples]).reshape(-1, 4).T
+    axes.plot(x, mean, color=color, label=label, marker="o" if len(x) < 9 else None, markersize=4)
+    axes.fill_between(x, low.clip(0), high.clip(None, 1), where=np.isfinite(low), color=color, alpha=0.18, linewidth=0)
+    if len(x) == 1 and np.isfinite(low[0]):                # a band has no width there
+        axes.errorbar(x, mean, yerr=mean - low, color=color, capsize=3)
 
 
 def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabels: dict[str, str], **more) -> None:
@@ -194,11 +193,10 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
 
 def draw_curves(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str, name: str) -> bool:
-        curves = {arm: [row["curve"][name] for row in runs.get((regime, arm), {}).values() if name in row.get("curve", {})] for arm in COLORS}
-        for arm, lines in curves.items():
-            if lines:
-                band(axes, [10 * i + 5 for i in range(max(map(len, lines)))], [np.array(ends, dtype=float) for ends in zip_longest(*lines)], COLORS[arm], arm)
-        return any(curves.values())
+        for arm in COLORS:
+            if curves := [row["curve"][name] for row in runs.get((regime, arm), {}).values() if name in row.get("curve", {})]:
+                band(axes, [10 * i + 5 for i in range(max(map(len, curves)))], [np.array(tens, dtype=float) for tens in zip_longest(*curves)], COLORS[arm], arm)
+        return bool(axes.lines)
     side_by_side(path, ("sparse", "dense"), draw, "step", {"outcome": "accuracy of the training rollouts", "true_structure": "their true structure"}, ylim=(0, 1))
 
 
@@ -206,12 +204,10 @@ def draw_data(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str, name: str) -> bool:
         sft, rlkd = {n: f"sft {n}" for n in (32, 128, 512, 2048, 8192)}, {n: f"rlkd, {n} problems" for n in (8, 32, 128)} | {512: "rlkd"}
         for label, color, arms in (("SFT", COLORS["sft 512"], sft), ("RLKD", COLORS["rlkd"], rlkd)):
-            there = [n for n, arm in arms.items() if (regime, arm) in runs]
-            if there:
+            if there := [n for n, arm in arms.items() if (regime, arm) in runs]:
                 band(axes, there, [values(runs, regime, arms[n], name) for n in there], color, label)
-        for arm in ("grpo", "base"):                       # where they are alike the dots of the base lie on the other's dashes
+        for arm, line, width, label in (("grpo", "--", 1.5, "grpo, 512 problems"), ("base", ":", 3, "base")):         # dots on the dashes, where they are alike
             if (regime, arm) in runs:
-                line, width, label = (":", 3, "base") if arm == "base" else ("--", 1.5, "grpo, 512 problems")
                 axes.axhline(values(runs, regime, arm, name).mean(), color=COLORS[arm], linestyle=line, linewidth=width, label=label)
         return bool(axes.lines)
     side_by_side(path, ("sparse", "dense"), draw, "training problems with teacher traces", {"sampled": "accuracy, sampled"}, xlim=(6, 11000), xscale="log", ylim=(0, 1))
@@ -325,10 +321,9 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (their lines do not say which)") for row in rows)
     made["study-size"] = (f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 3600:.0f} hours of training and evaluation on one core each, beside other work: "
                           + "; ".join(f"{count} on {name}" for name, count in sorted(machines.items())) + ".")
-    minutes = lambda *keys: sum(row["seconds"] for key in keys for row in runs[key].values()) / 60
     made["study-quotes"] = "\n".join(f"* {text}: **{cell(sample, 3, '+')}** in sampled accuracy, paired by seed, {len(sample)} seeds: "
                                       f"`python study.py --arms {shlex.join((arm, other))} --regimes {regime} --results out/study.jsonl`, "
-                                      f"{minutes((regime, arm), (regime, other)):.0f} minutes of one core"
+                                      f"{sum(row['seconds'] for key in ((regime, arm), (regime, other)) for row in runs[key].values()) / 60:.0f} minutes of one core"
                                       for text, regime, arm, other in QUOTES if len(sample := gains(runs, regime, arm, other, "sampled"))) or "*no runs yet*"
     made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made

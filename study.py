@@ -161,7 +161,8 @@ def fault(row: object) -> str:
     curve = row["curve"] if isinstance(row.get("curve"), dict) else {}
     curves, left = [*curve.values()], row["left"] if isinstance(row.get("left"), list) else []
     odd = [name for name, value in row.items() if not (isinstance(value, KINDS[name]) if name in KINDS else number(value)) or name == "seconds" and value is None]
-    odd += ["curve"] * (any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves) or "structure" in curve and "true_structure" not in curve)
+    odd += ["curve"] * any(not isinstance(c, list) or len(c) != len(curves[0]) or not all(map(number, c)) for c in curves)
+    odd += ["curve"] * ("structure" in curve and "true_structure" not in curve)
     odd += ["left"] * any(share is None or not number(share) for share in left)
     return f"field {odd[0]!r} is not what a study writes, got {repr(row[odd[0]])[:60]}" if odd else ""
 
