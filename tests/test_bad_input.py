@@ -46,6 +46,7 @@ BAD = [   # command line, what its one line has to say
     (TRAIN + "--stepz 3", "unrecognized arguments: --stepz 3"),
     (TRAIN + "--preset huge", "--preset huge: choose one of"),
     (TRAIN + "--preset none", "--model is needed"),
+    (TRAIN + "--model toy", "toy: no config.json in this folder; give the folder that save_pretrained wrote"),
     (TRAIN + "--lr fast", "--lr: 'fast' is not a finite number in (0, inf)"),
     (TRAIN + "--lr nan", "--lr: 'nan' is not a finite number in (0, inf)"),
     (TRAIN + "--group_size 1", "'1' is not a whole number of 2 or more (G, completions per problem; one alone has nothing to be compared with)"),
@@ -118,6 +119,7 @@ BAD = [   # command line, what its one line has to say
     (SFT + "--out {w}/run/model", "holds a checkpoint or a run already: choose another --out"),
     # ---- eval.py and its subcommands
     ("eval.py", "the following arguments are required: --model, --data"),
+    ("eval.py comapre a b", "invalid choice: 'comapre' (choose from"),
     (EVAL + "--kk 3", "unrecognized arguments: --kk 3"),
     (EVAL + "--k 0", "--k: '0' is not a whole number of 1 or more (samples per problem)"),
     (EVAL + "--top_p 1.5", "--top_p/--top-p: '1.5' is not a finite number in (0, 1]"),
