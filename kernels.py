@@ -54,7 +54,7 @@ def forward_kernel(X, W, Y, Anchor, Hit, Part, E, N, size, scale, D: tl.constexp
     offset, total, first = tl.zeros((BM,), tl.float32), tl.sum(e, 1), tl.sum(e * d, 1)
     if E is not None:
         E.store([m * BM, v * BV], e.to(E.dtype))
-    if tl.log2(tl.max(total, 0)) >= LIMIT:                                         # hardly ever: made again rather than kept in registers
+    if tl.log2(tl.max(tl.reshape(total, [BM, 1]))) >= LIMIT:                       # hardly ever: made again rather than kept in registers; (for sm_100 a column)
         d = tl.where(inside, tile(X, W, m * BM, v * BV, scale, D, BM, BV, BK) - anchor, -1e4)
         offset = tl.where(tl.max(d, 1) > LIMIT, tl.max(d, 1), 0.0)
         e = tl.exp2(d - offset[:, None])
@@ -159,8 +159,8 @@ def tile_sizes(t: Tensor, accumulators: int = 1) -> dict[str, int]:
         return {"BM": 16, "BV": 32, "BK": 16, "GROUP": 4}
     if t.dtype == torch.float32:                                                   # exact products, no tensor cores
         return {"BM": 64, "BV": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    if torch.cuda.get_device_capability(t.device)[0] in (9, 10):                   # H100, H200, B200
-        return {"BM": 128, "BV": 256 // accumulators, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    if (major := torch.cuda.get_device_capability(t.device)[0]) in (9, 10):        # H100, H200; B200, where 256 would spill
+        return {"BM": 128, "BV": (256 if major == 9 else 128) // accumulators, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
     return {"BM": 64, "BV": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 

@@ -689,7 +689,7 @@ def compiled(kernel: object, values: dict, capability: int, tmp_path: Path) -> t
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton interprets in this process")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize(("capability", "shared_limit"), [(9, 227 * 1024), (8, 163 * 1024)], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize(("capability", "shared_limit"), [(10, 227 * 1024), (9, 227 * 1024), (8, 163 * 1024)], ids=["sm_100", "sm_90", "sm_80"])
 def test_kernels_compile_without_spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, shared_limit: int) -> None:
     """Triton and ptxas need no GPU; on Hopper the tensor cores are to be fed by the copy engine (wgmma, bulk tensor copies)."""
     pytest.importorskip("triton", reason="triton is not installed")
@@ -699,6 +699,8 @@ def test_kernels_compile_without_spilling(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert spilled == 0 and shared < shared_limit, f"{kernel.__name__}: {spilled} bytes spilled, {shared} bytes of shared memory"
         if capability == 9 and "tile(" in kernel.src:
             assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx, f"{kernel.__name__} is not on Hopper's fast path"
+        if capability == 10 and "tile(" in kernel.src:
+            assert "tcgen05.mma" in ptx and "cp.async.bulk.tensor" in ptx, f"{kernel.__name__} is not on Blackwell's fast path"
         done.add(kernel.__name__)
     assert done == {f"{name}_kernel" for name in ("forward", "merge", "dlogits", "kl", "kl_dlogits", "logits", "logits_backward")}
 
