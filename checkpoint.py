@@ -79,8 +79,8 @@ class Checkpoints:
                 part.save_pretrained(str(aside))
             (aside / "state.json").write_text(json.dumps({"step": step, **notes}))
         all_max(0)                                            # nobody writes before the folder is there
-        tensors = {name: x.clone() for name, x in named_tensors(model, optimizer).items()}         # training goes on in place while they are written
-        written = dcp.async_save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True), process_group=self.group, no_dist=self.group is None)
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)         # it copies before async_save returns, and training goes on in place
+        written = dcp.async_save(named_tensors(model, optimizer), storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         self.pending = self.pool.submit(self.complete, written, aside)
 
     def complete(self, written: Future, aside: Path) -> None:

@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from command import Parser, decoded, ending, put_aside, tell
+from parallel import use_device
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
-DEVICES = ["cpu", *(["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else [])]
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -223,8 +223,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Tokenizer]:
     """(causal LM, tokenizer) of a checkpoint folder or hub name, the model in eval mode on `device`. ValueError where weights are missing or of other sizes (transformers would go
     on with random ones) or not finite, for a device that is not there, or where the tokenizer has more tokens than the embedding; fewer are fine (Qwen pads 151665 to 152064)."""
-    if str(device) not in DEVICES:
-        raise ValueError(f"--device {device}: not on this machine, choose one of: {', '.join(DEVICES)}")
+    use_device(str(device))
     check_folder(path, "config.json")
     tokenizer = load_tokenizer(path)
     with one_line(path):

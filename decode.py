@@ -311,7 +311,8 @@ class StaticDecoder:
                     break
                 if row_bucket(going) < len(live):
                     running, live = self.shrink(running, live, start + t - 1)
-            self.advance(len(live), min(-(-(start + t) // self.bucket) * self.bucket, len(self.places)))
+            reach = -(-(start + t) // self.bucket) * self.bucket if self.graphs or not self.use_graphs else len(self.places)        # the largest first: the others fit into its memory
+            self.advance(len(live), min(reach, len(self.places)))
         T = int(lengths.max())
         behind = torch.arange(T, device=device) >= lengths[:, None]                                         # what rows went on to decode, unasked
         return *(x[:, :T].masked_fill(behind, fill) for x, fill in zip(kept, (self.pad_id, 0.0, 0.0))), lengths, finished

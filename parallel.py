@@ -35,12 +35,22 @@ _gate: list[dist.ProcessGroup] = []                      # what `meet` waits on
 def start() -> None:
     """Joins the processes that torchrun started; without torchrun, nothing."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (number := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():            # more processes than cards: that is for --device cpu
+            torch.cuda.set_device(number)
         store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)      # or --max_restarts meets the addresses of the dead in it
         dist.init_process_group(BACKEND, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
         _gate.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def use_device(name: str) -> None:
+    """Checks a --device, and makes a card that it names the current one, on which kernels are launched; ValueError for one that this process has not."""
+    cards = torch.cuda.device_count()
+    there = ["cpu", *["cuda"] * (int(os.environ.get("LOCAL_RANK", 0)) < cards), *(f"cuda:{n}" for n in range(cards))]          # of more processes than cards the last have none
+    if name not in there:
+        raise ValueError(f"--device {name}: not on this machine, choose one of: {', '.join(there)}" + ", or start fewer processes" * (name == "cuda" and cards > 0))
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
 
 
 def finish() -> None:

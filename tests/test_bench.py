@@ -14,6 +14,7 @@ from rollout import Sampler
 
 def test_turns_are_taken_and_the_slow_and_the_broken_drop_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock of our own: ours takes 1 s, another 2, a slow one 50, all of them more in the warm-up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)                 # what is counted is the CPU's, here and below, on any machine
     now, order = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -51,6 +52,7 @@ def test_everyone_samples_the_same_job_and_only_useful_tokens_count() -> None:
 
 
 def test_the_table_has_all_that_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench_rl, "limit_seconds", lambda job, lengths: sum(lengths) / 1000)
     bench_rl.bench_rollout(SimpleNamespace(model=["toy"], rows=[8], max_new_tokens=9, rounds=1, patience=60.0, cpu_time=False))
     out = capsys.readouterr().out

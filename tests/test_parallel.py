@@ -22,8 +22,22 @@ def torchrun(processes, script, *flags, timeout=120, launcher=()):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0",
                *launcher, str(script), *flags]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}                    # a machine may have fewer cards than processes
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
     return done.returncode, done.stdout + done.stderr, time.time() - started
+
+
+def test_a_process_without_a_card_of_its_own_has_none(monkeypatch):
+    """Two processes, one card: the second may work on the CPU; a card that is named becomes the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for number, name in ((0, "cpu"), (0, "cuda"), (0, "cuda:0"), (1, "cpu")):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        parallel.use_device(name)
+    assert current == ["cuda:0"]
+    with pytest.raises(ValueError, match="--device cuda: not on this machine, choose one of: cpu, cuda:0, or start fewer processes"):
+        parallel.use_device("cuda")
 
 
 def furthest(a, b):
