@@ -311,7 +311,7 @@ class StaticDecoder:
                     break
                 if row_bucket(going) < len(live):
                     running, live = self.shrink(running, live, start + t - 1)
-            reach = -(-(start + t) // self.bucket) * self.bucket if self.graphs or not self.use_graphs else len(self.places)        # the largest first: the others fit into its memory
+            reach = -(-(start + t) // self.bucket) * self.bucket if self.graphs or not self.use_graphs else len(self.places)     # the largest first: the others fit into its memory
             self.advance(len(live), min(reach, len(self.places)))
         T = int(lengths.max())
         behind = torch.arange(T, device=device) >= lengths[:, None]                                         # what rows went on to decode, unasked

@@ -35,13 +35,18 @@ SameAnswer = Callable[[list[tuple[str, str]]], list[bool | None]]    # is the se
 KINDS = ("meta", "query", "answer")
 TAGS = {"meta": "Meta-reasoning", "query": "Sub-problem", "answer": "Answer"}
 NO_STEPS = "[No steps]"                                  # what a decomposer writes for a trace in which nothing was done
-TAG = re.compile(r"(?:\*\*)?\[\s*(?:(?P<meta>meta[- ]?reasoning)|(?P<query>sub[- ]?problem)|(?P<answer>answer))\s+(?P<number>[0-9]{1,4})\s*\](?:\*\*)?\s*:(?:\*\*)?", re.IGNORECASE)
-ANY_TAG = re.compile(r"\[(?=\s*(?:meta[- ]?reasoning|sub[- ]?problem|answer|no steps)\b)", re.IGNORECASE)
+TAG = re.compile(r"(?:^[ \t]*(?:[-*>#]{1,6}|[0-9]{1,4}[.)])[ \t]+)?(?:\*\*)?\[\s*(?:(?P<meta>meta\W?reasoning)|(?P<query>sub\W?problem)|(?P<answer>answer))"
+                 r"\s+(?P<number>[0-9]{1,4})\s*\](?:\*\*)?\s*[:\uff1a](?:\*\*)?", re.IGNORECASE | re.MULTILINE)          # Markdown about it is part of it
+ANY_TAG = re.compile(r"\[(?=\s*(?:meta\W?reasoning|sub\W?problem|answer|no steps)\b)", re.IGNORECASE)
+BETWEEN = re.compile(r"[-*>#_=\s]*(?:step\s+[0-9]{1,4}[-*>#_=:.\s]*)?", re.IGNORECASE)          # a line of Markdown between steps: ---, ### Step 2
 
 
 def clean(text: str) -> str:
-    """Text without step tags and outer blanks: an opening bracket of a tag becomes a parenthesis."""
-    return ANY_TAG.sub("(", text).strip()
+    """Text without step tags, outer blanks and Markdown behind it: an opening bracket of a tag becomes a parenthesis."""
+    text = ANY_TAG.sub("(", text).strip()
+    while (lines := text.rpartition("\n"))[1] and BETWEEN.fullmatch(lines[2]):
+        text = lines[0].rstrip()
+    return text
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,12 @@ def parse_steps(text: str) -> Parsed:
     fence = text.rfind("```", tags[-1].end() + 1) if tags and "```" in text[:tags[0].start()] else -1          # Markdown, as chat models write it; ** about a tag, too
     for tag, after in zip(tags, [*tags[1:], None]):
         number, kind, body = int(tag["number"]), next(kind for kind in KINDS if tag[kind]), text[tag.end():after.start() if after else fence if fence >= 0 else None]
-        if kind in found.setdefault(number, {}):
-            dropped.append(f"second {TAGS[kind]} {number}")
-        else:
-            found[number][kind] = clean(body)
+        dropped += [f"second {TAGS[kind]} {number}"] * (kind in found.setdefault(number, {}))
+        found[number].setdefault(kind, clean(body))
     dropped += [f"step {n}: no {', no '.join(missing)}" for n in sorted(found) if (missing := [TAGS[kind] for kind in KINDS if not found[n].get(kind)])]
-    steps = [Step(**found[number]) for number in sorted(found) if all(found[number].get(kind) for kind in KINDS)]
     before = text[:tags[0].start() if tags else None].strip()
-    if before and (tags or before.lower() != NO_STEPS.lower()):
-        dropped.append("text before the first tag" if tags else "no step tags")
-    return Parsed(steps, dropped)
+    dropped += ["text before the first tag" if tags else "no step tags"] * bool(before and (tags or before.lower() != NO_STEPS.lower()))
+    return Parsed([Step(**found[number]) for number in sorted(found) if all(found[number].get(kind) for kind in KINDS)], dropped)
 
 # ------------------------------------------------------------------------------------------------ prompts, the same at training and at scoring time
 
@@ -153,7 +154,6 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
     def ask(pairs: list[Pair]) -> None:
         if new := [p for p in dict.fromkeys(pairs) if p not in known]:
             known.update((p, a if a == a else None) for p, a in zip(new, judge(new), strict=True))       # NaN is no judgement either
-
     for i in range(max((len(w.pairs) for w in every), default=0)):
         active = [w for w in every if i < len(w.pairs) and not (stop and w.left)]
         ask([w.pairs[i][0] for w in active])
@@ -241,8 +241,8 @@ def reading_rule(read: Callable[[str], list[Step]]) -> Callable[[list[str]], lis
 
 
 def words(text: str) -> list[str]:
-    """Its numbers (2,000 and 2{,}000 as 2000, .5 as 0.5) and lower-case words; of scripts that set no blanks, such as Chinese, Japanese and Thai, each letter."""
-    return WORD.findall(re.sub(r"\.(?<![\w.)\]}]\.)(?=\d)", "0.", THOUSANDS.sub(r"\1", text.lower())))
+    """Its numbers (2,000 and 2{,}000 as 2000, .5 as 0.5, 2.50 as 2.5) and lower-case words; of scripts that set no blanks, such as Chinese, Japanese and Thai, each letter."""
+    return [w.rstrip("0").rstrip(".") if "." in w else w for w in WORD.findall(re.sub(r"\.(?<![\w.)\]}]\.)(?=\d)", "0.", THOUSANDS.sub(r"\1", text.lower())))]
 
 
 def faithful(step: Step, trace: str) -> bool:

@@ -391,7 +391,11 @@ def test_any_text_is_parsed_without_an_exception(text: str) -> None:
 
 @pytest.mark.parametrize("dressed", [
     "```\n{}\n```", "Here are the steps:\n```text\n{}\n```\nThat is all.",
-    lambda text: re.sub(r"(\[[^]]*\]:)", r"**\1**", text), lambda text: re.sub(r"(\[[^]]*\])", r"**\1**", text)])
+    lambda text: re.sub(r"(\[[^]]*\]:)", r"**\1**", text), lambda text: re.sub(r"(\[[^]]*\])", r"**\1**", text),
+    lambda text: re.sub(r"(\[Meta-reasoning (.)\])", r"\n### Step \2\n\n\1", text), lambda text: re.sub(r"(\[Meta-reasoning (.)\])", r"**Step \2:**\n\1", text),
+    lambda text: re.sub(r"(\[Meta-reasoning (.)\])", r"\2. \1", text), lambda text: text.replace("[", "- ["), lambda text: text.replace("[", "  * ["),
+    lambda text: text.replace("\n[Meta", "\n\n---\n\n[Meta") + "\n---\n", lambda text: text.replace("-reasoning", "\u2011reasoning").replace("Sub-", "Sub\u2013"),
+    lambda text: text.replace("]:", "]\uff1a")])
 def test_markdown_about_the_steps_is_none_of_them(dressed: str | Callable[[str], str]) -> None:
     want = [Step("so `x`", "what is 2**3?", "8 **"), Step("b", "```c```", "d")]
     text = format_steps(want)
@@ -402,7 +406,7 @@ def test_long_malformed_texts_are_parsed_in_no_time() -> None:
     started = time.process_time()
     blanks = " " * 20_000                                            # a quadratic pattern takes 10 s here, a linear one nothing
     for text in ("[" * 20_000, "[answer " * 5_000, "[" + blanks, "[answer" + blanks, "[answer 1" + blanks, "[Answer 1]:" * 5_000, "<" + blanks, "</" + blanks,
-                 "<" * 20_000, "< / " * 5_000):
+                 "<" * 20_000, "< / " * 5_000, "\n" * 20_000, "[Answer 1]: a" + "\n-" * 10_000, "step " + blanks + "\n", "- " * 10_000 + "\n"):
         parse_steps(text + "x")
         neutralise(text + "x", MAX_TRACE)
     assert time.process_time() - started < 4
@@ -664,7 +668,8 @@ def test_an_unfaithful_step_does_not_count() -> None:
     ("Twelve red apples", "red", False), ("x^2+1", "X^2 + 1", True), ("+", "a + b", True), ("-", "a + b", False),
     ("2000", "it costs 2,000 dollars", True), ("2,000", "it costs 2000", True), ("2000", "it is $2{,}000$", True), ("2000", "it is 2\\,000", True), ("2{,}000", "2,\\!000", True),
     ("1,234,567.5", "so 1234567.5", True), ("2000", "so 20,000", False), ("2000", "so 2,0001", False), ("2000", "so 2, 000", False), ("0.5", "so it is .5", True),
-    (".5", "so it is 0.5", True), ("$.50", "0.50 dollars", True), ("0.5", "so it is 1.5", False), ("0.5", "see No.5", False), ("5", "see No.5", True), ("0.5", "and ...5", False),
+    (".5", "so it is 0.5", True), ("$.50", "0.50 dollars", True), ("0.5", "so it is 1.5", False), ("$16.50", "it costs 16.5", True), ("5", "it costs $5.00", True), ("100", "it is 10.0", False), ("16.05", "it is 16.5", False),
+    ("0.5", "see No.5", False), ("5", "see No.5", True), ("0.5", "and ...5", False),
     ("(100,200)", "x is 100 and y is 200", True), ("200", "of {100,200,300}", True), ("100,200", "100200", True), ("100,200", "only 100", False),
     ("八個蘋果", "所以一共有八個蘋果。", True), ("八個蘋果", "所以一共有九個蘋果", True), ("八個梨子", "所以他走了", False),
     ("八個のリンゴ", "全部で八個のリンゴがある。", True),
