@@ -45,6 +45,8 @@ UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
 MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\s*\{{\s*               # 12\text{{ or 13}}, 18\text{{ million}}: no unit either
     (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
 STYLED = re.compile(r"\\(?:math(?:bf|rm|it|sf)|boldsymbol|bm|pmb|underline)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$")      # around all that follows
+PARTS = re.compile(r"""\\(?:text|textrm|mbox|mathrm)\s*\{(?!\s*(?:and|or|to)?\s*\})[^{}]*[A-Za-z][^{}]*\}\s*[,;]?\s*-?[0-9]""")            # 1 \text{ hour } 20 \text{ min}
+WRAPPED = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mbox)\s*\{\s*((?:\\?\$)?[0-9][^{}\\]*)\}\s*")                                           # \text{18 dollars}
 UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u20ac": "", "\u00a3": "", "~": " ", "\u2205": "\\emptyset ",
                          "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
                          **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",          # full width; braces group nothing
@@ -77,6 +79,10 @@ def as_latex(answer: str) -> str:
     a longer answer, 1e-3, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
     if len(answer) > MAX_ANSWER:
         return answer
+    if wrapped := WRAPPED.fullmatch(answer):
+        answer = wrapped[1]
+    if re.search(r"[0-9})]\s*\\mathrm\s*\{\s*~", answer):             # 75 \mathrm{~km} / \mathrm{h}: units as texts are read past
+        answer = re.sub(r"\\mathrm(?![a-zA-Z])", r"\\text", answer)
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
     text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
@@ -85,6 +91,8 @@ def as_latex(answer: str) -> str:
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
         text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
     text = REPEATING.sub(repeating, text)
+    bare = re.sub(r"(?:\\[ ,;]|\s)*\\?%$", "", text)                    # of a plain number quick_word takes it away
+    text = text if NUMBER.fullmatch(bare) else bare
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", text)
     return UNIT.sub(r"\\text{ \1}", re.sub(r"^([+-]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", re.sub(r"(?<!\\)\\(?:[ ;:]|$)", " ", text).strip()))
@@ -113,7 +121,7 @@ def quick_word(gold: str, answer: str) -> str:
     if len(gold) > MAX_ANSWER or not normalise(gold):
         return "gold_unparsable"
     same = len({re.sub(r",\s+", ",", text) for text in (gold, answer)}) == 1               # 45, 135 and 45,135
-    raw, gold, answer = answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
+    raw_gold, raw, gold, answer = gold, answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
     same |= gold == answer or gold.isalpha() and len(gold) > 3 and gold.lower() == answer.lower()         # true, East; not the segment AB
     if same or not answer:
         return str(same)
@@ -128,6 +136,9 @@ def quick_word(gold: str, answer: str) -> str:
         return "True"
     if all(based := [BASED.fullmatch(text) for text in (gold, answer)]):
         return str(based[0].groups() == based[1].groups())
+    numbers = [sorted(re.findall(r"-?[0-9]+(?:\.[0-9]+)?", text)) for text in (raw_gold, raw)]
+    if numbers[0] != numbers[1] and any(map(PARTS.search, (raw_gold, raw))):               # math-verify reads the first number only
+        return "False"
     plain = [re.sub(r"^([+-]?)\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text) for text in (gold, answer)]
     return str(Fraction(plain[0]) == Fraction(plain[1])) if all(map(NUMBER.fullmatch, plain)) else ""     # exact: 0.333 is not 1/3
 
