@@ -66,8 +66,8 @@ def check_record(record: object, where: str) -> Problem:
         if not isinstance(value, str) or not value.strip() or half_pair(value):
             raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {value!r}{' (surrogates not allowed)' * half_pair(value)}")
     teachers = record.get("teachers", [])
-    if not isinstance(teachers, list) or not all(isinstance(t, str) and t.strip() and not half_pair(t) for t in teachers):
-        raise ValueError(f"{where}: field 'teachers' must be a list of non-empty strings, got {str(teachers)[:80]!r}")
+    if not isinstance(teachers, list) or not all(isinstance(t, str) and t.strip() and not half_pair(t) and not re.search("</?think>", t) for t in teachers):
+        raise ValueError(f"{where}: field 'teachers' must be a list of non-empty strings without <think> and </think> (a trace stands between them), got {str(teachers)[:80]!r}")
     return Problem(**{**record, "teachers": tuple(teachers)})
 
 

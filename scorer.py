@@ -97,7 +97,10 @@ def served(path: str) -> str:
     url, _, name = path.partition("#")
     if name or not path.startswith(URLS):
         return path
-    names = Endpoint(url, "", 1).models()
+    probe = Endpoint(url, "", 1)
+    names = probe.models()
+    probe.runner.run(probe.client.close())               # in its own loop, or a later one collects it and complains
+    probe.runner.close()
     if len(names) != 1:
         raise ValueError(f"{path}: which model{f' of {len(names)}' * bool(names)}? write it behind a #, as in {url}#{names[0] if names else 'Qwen/Qwen2.5-7B-Instruct'}")
     return f"{url}#{names[0]}"
