@@ -74,7 +74,7 @@ def format_steps(steps: list[Step]) -> str:
 
 
 def parse_steps(text: str) -> Parsed:
-    """Steps in the order of their numbers, strict about tags, lenient about blanks and case; never raises. A field belongs to the step of its
+    """Steps in the order of their numbers, strict about tags, lenient about blanks, case and Markdown; never raises. A field belongs to the step of its
     own number wherever it stands; of a doubled field the first counts; a step that lacks a field is dropped."""
     found, dropped, tags = dict[int, dict[str, str]](), [], list(TAG.finditer(text))
     fence = text.rfind("```", tags[-1].end() + 1) if tags and "```" in text[:tags[0].start()] else -1          # Markdown, as chat models write it; ** about a tag, too

@@ -54,7 +54,7 @@ def forward_kernel(X, W, Y, Anchor, Hit, Part, E, N, size, scale, D: tl.constexp
     offset, total, first = tl.zeros((BM,), tl.float32), tl.sum(e, 1), tl.sum(e * d, 1)
     if E is not None:
         E.store([m * BM, v * BV], e.to(E.dtype))
-    if tl.log2(tl.max(tl.reshape(total, [BM, 1]))) >= LIMIT:                       # hardly ever: made again rather than kept in registers; (for sm_100 a column)
+    if tl.log2(tl.max(tl.reshape(total, [BM, 1]))) >= LIMIT:                       # hardly ever: made again rather than kept in registers. A column: for triton 3.6 and sm_100
         d = tl.where(inside, tile(X, W, m * BM, v * BV, scale, D, BM, BV, BK) - anchor, -1e4)
         offset = tl.where(tl.max(d, 1) > LIMIT, tl.max(d, 1), 0.0)
         e = tl.exp2(d - offset[:, None])

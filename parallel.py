@@ -35,8 +35,8 @@ _gate: list[dist.ProcessGroup] = []                      # what `meet` waits on
 def start() -> None:
     """Joins the processes that torchrun started; without torchrun, nothing."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if (number := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():            # more processes than cards: that is for --device cpu
-            torch.cuda.set_device(number)
+        if (card := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():              # more processes than cards: that is for --device cpu
+            torch.cuda.set_device(card)
         store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
         attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)      # or --max_restarts meets the addresses of the dead in it
         dist.init_process_group(BACKEND, store=attempt, rank=number, world_size=count, timeout=PATIENCE)
