@@ -15,7 +15,7 @@ wastes no row's work, only the fixed part of its tail's steps; rows of several a
 """
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache as once
 
 import numpy as np
@@ -87,25 +87,26 @@ def cache_argument(model: type[PreTrainedModel]) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def prefill(model: PreTrainedModel, rows: list, room: int, pad_id: int, max_tokens: int = 32768) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of rows (prompt number, prompt, uniform numbers): KV cache of the left-padded prompts, each prompt once (P rows), and which of them a row has (N,); of the
-    rows, next-token logits (N, V), which of the L + room places may be read (N, L + room) bool, the position of the first new token (N,). Forwards of at most
-    max_tokens padded tokens (or one prompt), whose activations would be larger than the cache."""
-    by_number, device = {number: prompt for number, prompt, _ in rows}, model.device
-    place, prompts = {number: k for k, number in enumerate(by_number)}, list(by_number.values())
-    of_row, width = torch.tensor([place[number] for number, *_ in rows], device=device), max(map(len, prompts))
+def padded(rows: list, room: int, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of rows (prompt number, prompt, uniform numbers): the prompts, each once, left-padded (P, L), and what of them is no padding (P, L); of the rows, which prompt each has (N,),
+    which of the L + room places it may read (N, L + room) bool, the position of its first new token (N,)."""
+    by_number = {number: prompt for number, prompt, _ in rows}
+    place, prompts, width = {number: k for k, number in enumerate(by_number)}, list(by_number.values()), max(map(len, by_number.values()))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    caches, logits = [], []
-    for part in torch.arange(len(prompts)).split(max(1, max_tokens // width)):
-        caches.append(DynamicCache(config=model.config))
-        caches[-1].layers = [RoomyLayer() for _ in caches[-1].layers]
-        logits.append(model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), use_cache=True, logits_to_keep=1,
-                            **{cache_argument(type(model)): caches[-1]}).logits[:, -1])
-    for first, *others in zip(*(cache.layers for cache in caches)):
-        first.append(others)
+    of_row = torch.tensor([place[number] for number, *_ in rows], device=device)
     readable = torch.cat((real.bool(), real.new_ones(len(prompts), room, dtype=torch.bool)), 1)
-    return caches[0], of_row, torch.cat(logits)[of_row], readable[of_row], real.sum(-1)[of_row]
+    return ids, real, of_row, readable[of_row], real.sum(-1)[of_row]
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, real: torch.Tensor, max_tokens: int = 32768) -> Iterator[tuple[int, DynamicCache, torch.Tensor]]:
+    """Prompts (P, L) through the model, in forwards of at most max_tokens padded tokens (or one prompt), whose activations would be larger than the cache:
+    yields the number of a forward's first prompt, its KV cache (p rows) and next-token logits (p, V)."""
+    for part in torch.arange(len(ids)).split(max(1, max_tokens // ids.shape[1])):
+        cache = DynamicCache(config=model.config)
+        cache.layers = [RoomyLayer() for _ in cache.layers]
+        yield int(part[0]), cache, model(input_ids=ids[part], attention_mask=real[part], position_ids=(real[part].cumsum(-1) - 1).clamp_min(0), use_cache=True,
+                                         logits_to_keep=1, **{cache_argument(type(model)): cache}).logits[:, -1]
 
 
 def uniform(rows: list, device: torch.device) -> torch.Tensor:
@@ -118,8 +119,12 @@ def decode(model: PreTrainedModel, rows: list, max_new: int, draws: tuple[float,
     tokens = torch.full((n, max_new), pad_id, device=device)
     logps, entropies = torch.zeros(2, n, max_new, device=device)
     lengths, finished = torch.full((n,), max_new, device=device), torch.zeros(n, dtype=torch.bool, device=device)
-    cache, of_row, logits, mask, position = prefill(model, rows, max_new, pad_id)
+    ids, real, of_row, mask, position = padded(rows, max_new, pad_id, device)
+    _, (cache, *others), logits = zip(*prefill(model, ids, real))
+    for first, *rest in zip(cache.layers, *(other.layers for other in others)):
+        first.append(rest)
     cache.batch_select_indices(of_row)
+    logits = torch.cat(logits)[of_row]
     if model.config._attn_implementation in ("sdpa", "eager"):          # a ready mask, to be added, saves making one in every layer at every token
         mask = torch.where(mask, 0.0, -torch.inf).to(model.dtype)[:, None, None]
     u, live = uniform(rows, device), torch.arange(n, device=device)                                         # row numbers still in the batch
@@ -208,13 +213,17 @@ class StaticDecoder:
 
     def fill(self, rows: list) -> None:
         """Prompts into the room, their first tokens drawn. The room is zeros at first: what attention does not read may be anything but NaN."""
-        n, (cache, of_row, logits, readable, position) = len(rows), prefill(self.model, rows, self.max_new, self.pad_id)
-        width = readable.shape[1] - self.max_new
-        self.room = self.room or [tuple(x.new_zeros(self.N, x.shape[1], len(self.places), x.shape[3]) for x in (layer.keys, layer.values)) for layer in cache.layers]
-        for room, layer in zip(self.room, cache.layers):
-            room[0][:n, :, :width], room[1][:n, :, :width] = layer.keys[of_row], layer.values[of_row]
+        n, (ids, real, of_row, readable, position), logits = len(rows), padded(rows, self.max_new, self.pad_id, self.slot.device), None
+        for first, cache, new in prefill(self.model, ids, real):                                            # at once to its place: all prompts' caches would be half a room more
+            its, = torch.where((of_row >= first) & (of_row < first + len(new)))                             # rows with one of these prompts
+            mine = of_row[its] - first
+            self.room = self.room or [tuple(x.new_zeros(self.N, x.shape[1], len(self.places), x.shape[3]) for x in (layer.keys, layer.values)) for layer in cache.layers]
+            logits = new.new_empty(n, new.shape[1]) if logits is None else logits
+            logits[its] = new[mine]
+            for (keys, values), layer in zip(self.room, cache.layers):
+                keys[its, :, : ids.shape[1]], values[its, :, : ids.shape[1]] = layer.keys[mine], layer.values[mine]
         self.readable[:n, 0, 0, : readable.shape[1]], self.position[:n, 0], self.u[:n] = readable, position, uniform(rows, self.u.device)
-        self.t.zero_(), self.slot.fill_(width)
+        self.t.zero_(), self.slot.fill_(ids.shape[1])
         self.keep(n, logits)
 
     def keep(self, r: int, logits: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """Numbers for rollout.py: a one-token-at-a-time twin, exact probabilities, and the silent defects of sampling. `python -m pytest tests/test_rollout.py`"""
+import gc
 import math
 import random
+import weakref
 from collections import Counter
 from functools import cache, partial
 from io import StringIO
@@ -482,6 +484,31 @@ def test_prompts_are_read_in_pieces_of_bounded_size(max_tokens: int, static: boo
     hook.remove()
     assert [shape for shape in sizes if shape[1] > 1] == {1: [(1, 8)] * 4, 16: [(2, 8)] * 2, 24: [(3, 8), (1, 8)]}[max_tokens]
     assert equal(want, got, 1e-5)
+
+
+def test_a_static_decoder_holds_the_caches_of_few_prompts_beside_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eleven prompts read one by one, in rows that are not in their order, no more than the last one's cache is alive when the next is read, and none after it."""
+    net, caches, alive = model(), [], []
+    rows = [(k % 11, [3 + k % 11] * (1 + k % 11), np.zeros(4, np.float32)) for k in range(22)]
+    monkeypatch.setattr(D, "prefill", partial(D.prefill, max_tokens=1))
+
+    def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        alive.append(sum(cache() is not None for cache in caches))
+        caches.append(weakref.ref(kwargs[D.cache_argument(type(net))]))
+    hook = net.register_forward_pre_hook(look, with_kwargs=True)
+    static = D.StaticDecoder(net, 24, 16, 4, (1.0, 1.0), torch.tensor([1]), PAD)
+    with torch.no_grad():
+        static.fill(rows)
+        hook.remove()
+        gc.collect()
+        assert len(alive) == 11 and max(alive) <= 1 and not any(cache() for cache in caches)
+        ids, real, of_row, *_ = D.padded(rows, 4, PAD, torch.device("cpu"))
+        (_, whole, _), = D.prefill.func(net, ids, real)
+    for (keys, values), layer in zip(static.room, whole.layers):
+        for row in range(22):
+            seen = real[of_row[row]].bool()
+            assert torch.allclose(keys[row, :, :11][:, seen], layer.keys[of_row[row]][:, seen], atol=1e-6)
+            assert torch.allclose(values[row, :, :11][:, seen], layer.values[of_row[row]][:, seen], atol=1e-6)
 
 
 def test_micro_batches_cover_each_row_once_within_the_bound() -> None:
