@@ -127,15 +127,17 @@ def units(model: torch.nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False) -> PreTrainedModel:
+def shard(model: PreTrainedModel, dtype: str = "float32", offload: bool = False, device: str = "") -> PreTrainedModel:
     """`model` (float32), its parameters spread over all processes, in place: one unit a layer, the rest (embedding, norm, head) one more. `dtype` is what it
-    computes in. offload: parameters, gradients and optimiser state rest in CPU memory. Also good for one process: float32 masters of a bfloat16 model."""
+    computes in, `device` where (empty: where it is): a model in the CPU's memory moves there unit by unit, so that no card holds the whole. offload: parameters, gradients
+    and optimiser state rest in CPU memory. Also good for one process: float32 masters of a bfloat16 model."""
     if not dist.is_initialized():
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not layers:
         raise ValueError(f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be sharded")
-    policy = {"mesh": init_device_mesh(model.device.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+    there = torch.empty(0, device=device or model.device).device             # this starts CUDA on the process's own card; the mesh would choose one
+    policy = {"mesh": init_device_mesh(there.type, (world(),)), "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
               "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()}
     bare = copy.deepcopy(model, {id(model.config): model.config} | {id(p): None for p in model.parameters()} | {id(b): b for b in model.buffers()})     # no weights, for `gathered`
     for layer in layers:

@@ -11,7 +11,7 @@
 
 Sizes come from the model's config and a model without memory (device "meta"). Memory is that of the worst moment of each phase, with rows of full length; times are from below:
 launches, waiting, attention's own FLOPs and everything on the CPU are not in them, so believe their proportions sooner than their sum.
-Left out on purpose: models other than dense causal LMs, GPUs that differ.
+Pinned memory (--offload) is handed out in powers of two. Left out on purpose: models other than dense causal LMs, GPUs that differ.
 """
 import math
 import shlex
@@ -76,7 +76,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal LM's sizes: parameters in all, in one layer, in what is no layer (embedding, norm, head), in adapters; D, I, V as in the house's letters."""
+    """A causal LM's sizes: parameters in all, in one layer, in no layer (embedding, norm, head), in adapters; D, I, V; pinned: each tensor rounded up to a power of two."""
     params: int
     layer: int
     rest: int
@@ -89,6 +89,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     positions: int
+    pinned: int
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -113,7 +114,7 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
     heads, kv_heads, head_dim = attention(text)
     adapters, I = sum(lora_rank * (m.in_features + m.out_features) for m in linear), getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), adapters, text.num_hidden_layers, text.hidden_size, I, text.vocab_size,
-                 heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30))
+                 heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30), sum(1 << (p.numel() - 1).bit_length() for p in model.parameters()))
 
 
 def cache_tokens(gigabytes: float, per_token: int) -> int:
@@ -167,9 +168,10 @@ def sampling(s: Shape, rows: int, prompts: int, prompt: int, new: int, cache_gb:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the card by phase and thing ("always" is there in all), bytes in the CPU's memory, seconds of a step by phase, and the counts that they come from."""
+    """Bytes on the card by phase and thing ("always" is there in all), in the CPU's memory, more there while saving; seconds of a step by phase, the counts that they come from."""
     memory: dict[str, dict[str, float]]
     cpu: float
+    saving: float
     seconds: dict[str, float]
     rollouts: Wave
     reader: Wave | None
@@ -212,7 +214,7 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
               "scoring": {},
               "reference": {"gathered layers": two + (rest if lora else 0), "activations": at_work, "head": micro * max(2 * s.D, 12 * s.V / 256)} if config.beta else {},
               "update": {"gradients": 0 if config.offload else gradients, "gathered weights": rest + two, "a unit's gradient": unit, "activations": micro * layers,
-                         "a layer's backward": at_work, "head": wide + head_gradient + micro * s.D * b, "AdamW's scratch": 0 if sharded else 4 * trained}}
+                         "a layer's backward": at_work, "head": wide + head_gradient + micro * s.D * b}}
     if teacher:                                           # its hidden states beside the student's, a layer of it at work, gathered where it is sharded
         kl = min(WORKSPACE, micro * s.V) * b + (0 if lora else 2 * s.V * s.D * b) + 4 * micro * s.D            # linear_kl's backward: logits, the head's gradient twice, hidden's
         memory["update"]["teacher at work"] = micro * b * (5 * teacher.D + 3 * teacher.I) + 2 * b * teacher.layer * sharded + kl
@@ -221,13 +223,12 @@ def estimate(config: Settings, s: Shape, readers: list[Shape], world: int, promp
              "update": (6 + 2 * config.gradient_checkpointing - 2 * lora) * s.params * tokens * config.updates_per_batch / FLOPS}
     times["update"] += 2 * teacher.params * tokens * config.updates_per_batch / FLOPS if teacher else 0.0
     here = readers if config.w_structure else []
-    sampled = here and not config.gsrm.startswith("http")                      # else a judge alone: what reads answers behind the URL
-    reader = sampling(here[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if sampled else None
+    reader = sampling(here[0], rows, rows, longest, config.gsrm_max_new_tokens, config.cache_gb, b) if here and not config.gsrm.startswith("http") else None  # or a judge alone
     if reader:
         memory["scoring"] = {"cache": reader.cache, "a layer's cache for all heads": reader.repeated, "logits": reader.logits}
     times["scoring"] = (reader.seconds if reader else 0.0) + sum(2 * x.params * rows * STEPS * 3 * QUESTION / FLOPS for x in here[-1:] if not config.judge.startswith("http"))
-    cpu = sum(at_rest.values()) + gradients if config.offload else 0
-    return Plan(memory, cpu, times, rollouts, reader, math.ceil(tokens / (micro // longest * longest)))
+    cpu = moments + (weights + gradients + reference) * s.pinned / s.params + (at_rest["teacher"] * teacher.pinned / teacher.params if teacher else 0)
+    return Plan(memory, cpu * config.offload, 2 * (4 * trained / world + moments), times, rollouts, reader, math.ceil(tokens / (micro // longest * longest)))  # a copy, its bytes
 
 
 def remedies(config: Settings, world: int) -> list[tuple[str, Settings, int]]:
@@ -268,8 +269,7 @@ def show_memory(plan: Plan, card: float, ways: Iterable[tuple[str, Plan]]) -> No
     print(f"\nmemory of each process, GB of 10^9 bytes, on a card of {card:g}\n  always      {sum(plan.memory['always'].values()) / 1e9:6.1f}   {gigabytes(plan.memory['always'])}")
     for name, peak in plan.peaks.items():
         print(f"  {name:10} {peak / 1e9:7.1f} = always + {gigabytes(plan.memory[name])}")
-    if plan.cpu:
-        print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}")
+    print(f"  in the CPU's memory {plan.cpu / 1e9:.1f}, and {plan.saving / 1e9:.1f} more while a checkpoint is written")
     fits = lambda p: p.peak <= USABLE * card * 1e9
     worst = max(plan.peaks, key=plan.peaks.get)
     print(f"{'fits' if fits(plan) else 'does not fit'} in {card:g} GB: {plan.peak / 1e9:.1f} at most, in {worst}; {USABLE:.0%} of a card are counted on")

@@ -35,9 +35,9 @@ from command import ConfigParser, ending, flag, folder, write_record, writing
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, finite, hollow, inside, plain, rank, recompute, shard, start, units, whole_state, world
+from parallel import all_sum, finish, finite, hollow, inside, plain, rank, recompute, shard, start, units, use_device, whole_state, world
 from rollout import check_head, micro_batches, predictors
-from update import even
+from update import adamw, even
 from watch import Leave, leaving, run_record
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
@@ -203,14 +203,6 @@ def mean_loss(model: PreTrainedModel, pairs: list[Pair], max_tokens: int = 16384
     return total / sum(len(target) for _, target in pairs)
 
 
-def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """The optimiser of what is trained; ValueError where that is not float32: an update of less than 1/256 of a bfloat16 weight would be rounded away."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if coarse := {p.dtype for p in parameters} - {torch.float32}:
-        raise ValueError(f"the weights to be trained are {coarse.pop()}: load them in float32, and let parallel.shard compute in another dtype")
-    return torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda" or None)
-
-
 def train_pairs(model: PreTrainedModel, batches: Iterator[list[Pair]], steps: int, lr: float, schedule: Callable[[float], float], max_tokens: int = 16384,
                 optimizer: torch.optim.AdamW | None = None, first: int = 0, checkpointing: bool = False) -> Iterator[float]:
     """Trains `model` (float32, or what parallel.shard made of one) in place, yields the loss per target token (nats) after each of the optimiser steps from `first`
@@ -317,7 +309,9 @@ def main(config: Config) -> None:
     with writing(folder(config.out), rank() == 0) as out:
         start, passed = start_folder(out, record, config.resume, FREE - {"keep"}, "")      # of train.py a number; here it says which weights are the model
         torch.manual_seed(config.seed)
-        model, tokenizer = load_model(config.model, config.device)
+        use_device(config.device)
+        sharded = config.dtype != "float32" or config.offload or world() > 1
+        model, tokenizer = load_model(config.model, "cpu" if sharded else config.device)          # a card may not hold the whole
         check_head(model)
         positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         examples = load_examples(config, tokenizer, config.data, "train", positions)
@@ -325,8 +319,8 @@ def main(config: Config) -> None:
         if held and held[0].kind != examples[0].kind:
             raise ValueError(f"--data {config.data} holds {examples[0].kind}, --eval_data {config.eval_data} {held[0].kind}: give held-out data of the same kind")
         examples, held = hold_out(examples, config.eval_share, config.seed) if config.eval_share else (examples, held)
-        if config.dtype != "float32" or config.offload or world() > 1:
-            shard(model, config.dtype, config.offload)
+        if sharded:
+            shard(model, config.dtype, config.offload, config.device)
         if rank() == 0:
             tell("checkpoints passed over", passed)
             write_record(out / "run.json", record)

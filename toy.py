@@ -29,7 +29,8 @@ from command import Parser, at_least, ending
 from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, read_jsonl, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
-from sft import adamw, token_pair, train_pairs
+from sft import token_pair, train_pairs
+from update import adamw
 
 MOD, FOLDER = 10, Path(__file__).parent / "toy"
 PEOPLE, NEEDED = 11, (7, 8)                             # the level of toy/train.jsonl: so long that sampling the base finds next to no whole walk

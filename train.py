@@ -42,7 +42,7 @@ from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head, without_dropout
 from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure
-from update import load_teacher, merged, reference_logp, update
+from update import adamw, load_teacher, merged, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
@@ -134,9 +134,9 @@ PRESETS["paper-zero"] = PRESETS["paper"] | dict(model="Qwen/Qwen2.5-Math-7B", ou
 
 def cursor(count: int, take: int, seed: int, step: int) -> list[int]:
     """Indices of step `step`'s problems: epochs of all `count` problems, each in an order of its own; a function of (seed, step), so resume needs no state."""
-    orders: dict[int, np.ndarray] = {}
     places = range(step * take, (step + 1) * take)
-    return [int(orders.setdefault(i // count, np.random.default_rng([seed, i // count]).permutation(count))[i % count]) for i in places]
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in {i // count for i in places}}
+    return [int(orders[i // count][i % count]) for i in places]
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -159,8 +159,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def data_files(config: Config) -> list[Path]:
     """Where the problems come from: the training file and, if there is one, that of the evaluation."""
-    test = config.eval_data or config.data
-    return [data_file(config.data)] + ([data_file(test, "test")] if config.eval_data or (Path(test) / "test.jsonl").is_file() else [])
+    return [data_file(config.data)] + ([data_file(config.eval_data or config.data, "test")] if config.eval_data or (Path(config.data) / "test.jsonl").is_file() else [])
 
 
 def load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -191,23 +190,25 @@ def set_up(config: Config, out: Path) -> Run:
     """Models, sampler, reward model and optimiser at the start of a run."""
     torch.manual_seed(config.seed)
     problems, held_out = load_data(config)
-    model, tokenizer = load_model(config.model, config.device, config.dtype if config.lora_rank else "float32")       # what is frozen needs no float32 masters
+    parallel.use_device(config.device)
+    sharded = world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank
+    place = "cpu" if sharded else config.device              # parallel.shard moves a model to its card layer by layer: the whole may not fit there
+    ready = lambda net: parallel.shard(net, config.dtype, config.offload, config.device) if sharded else net
+    model, tokenizer = load_model(config.model, place, config.dtype if config.lora_rank else "float32")               # what is frozen needs no float32 masters
     check_head(model)
     without_dropout(model)
     if config.lora_rank:
         lora.add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.model)
-    sampler = plan.sampler_of(model, tokenizer, config.cache_gb, config.dtype)                                  # while it can still ask the model for its device
-    reference = None if not config.beta else model if config.lora_rank else load_model(config.model, config.device, config.dtype)[0].requires_grad_(False)
-    teacher = load_teacher(config.teacher, tokenizer, config.device, config.dtype) if config.teacher else None
     if config.gradient_checkpointing:
         parallel.recompute(model)
-    if world() > 1 or config.offload or config.dtype != "float32" and not config.lora_rank:
-        for net in dict.fromkeys(filter(None, (model, reference, teacher))):     # under LoRA two are one
-            parallel.shard(net, config.dtype, config.offload)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
-    gsrm = OwnReward(config.structure_reward) if config.structure_reward else load_gsrm(
-        config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb,
-        config.stop_at_divergence) if config.gsrm else None
+    ready(model)
+    reference = None if not config.beta else model if config.lora_rank else ready(load_model(config.model, place, config.dtype)[0].requires_grad_(False))
+    teacher = ready(load_teacher(config.teacher, tokenizer, place, config.dtype)) if config.teacher else None
+    with parallel.gathered(model) as whole:
+        sampler = plan.sampler_of(whole, tokenizer, config.cache_gb, config.dtype)
+    optimizer = adamw(model, (0.9, config.adam_beta2), config.weight_decay, config.lr)
+    gsrm = OwnReward(config.structure_reward) if config.structure_reward else None if not config.gsrm else load_gsrm(
+        config.gsrm, config.judge, out / "gsrm_cache.jsonl", config.device, config.gsrm_max_new_tokens, config.normalize, config.dtype, config.cache_gb, config.stop_at_divergence)
     return Run(config, problems, model, tokenizer, reference, optimizer, sampler, gsrm, load_function(config.truth) if config.truth else None, held_out, teacher)
 
 
@@ -328,7 +329,6 @@ def main(config: Config) -> None:
             say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
             say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)
         train_on(run, state, out, checkpoints)
-        checkpoints.wait()
         whole = parallel.whole_state(run.model)
         if rank() == 0:
             (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)

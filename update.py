@@ -43,6 +43,14 @@ def even(pieces: list[list[int]]) -> list[list[int]]:
     return pieces + [[]] * (int(all_max(len(pieces))) - len(pieces))
 
 
+def adamw(model: PreTrainedModel, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, lr: float = 1e-3) -> torch.optim.AdamW:
+    """The optimiser of what is trained; ValueError where that is not float32: an update of less than 1/256 of a bfloat16 weight would be rounded away."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if coarse := {p.dtype for p in parameters} - {torch.float32}:
+        raise ValueError(f"the weights to be trained are {coarse.pop()}: load them in float32, and let parallel.shard compute in another dtype")
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda" or None)      # fused needs no scratch
+
+
 @torch.no_grad()
 def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Rollout, config: Settings) -> torch.Tensor:
     """(N, T) float32: log-prob of each sampled token under `model`, 0 behind a row's end."""

@@ -12,6 +12,7 @@ from test_train import ROOT, SMALL, config, data, lines, weights  # noqa: F401
 
 import parallel
 import train
+import update
 
 STEPS = ["--steps", "3", "--beta", "0.01", "--w_format", "0.5"]
 
@@ -38,6 +39,20 @@ def test_a_process_without_a_card_of_its_own_has_none(monkeypatch):
     assert current == ["cuda:0"]
     with pytest.raises(ValueError, match="--device cuda: not on this machine, choose one of: cpu, cuda:0, or start fewer processes"):
         parallel.use_device("cuda")
+
+
+@pytest.mark.parametrize("flags, place", [((), "cuda"), (("--dtype", "bfloat16"), "cpu"), (("--offload", "True"), "cpu")])
+def test_what_is_sharded_is_loaded_beside_the_card_one_model_after_the_other(data, tmp_path, monkeypatch, flags, place):  # noqa: F811
+    """A card need not hold a whole float32 model, nor two at once: shard moves each there by itself. One process in float32 loads straight onto its card."""
+    seen, load_model = [], train.load_model
+    for module in (train, update):
+        monkeypatch.setattr(module, "load_model", lambda path, device, dtype: seen.append(("load", device, dtype)) or load_model(path, "cpu", dtype))
+    monkeypatch.setattr(parallel, "use_device", lambda device: seen.append(("use", device)))
+    monkeypatch.setattr(parallel, "shard", lambda net, dtype, offload, device: seen.append(("shard", device, dtype, offload)) or net)
+    run = train.set_up(config(data, tmp_path, *STEPS, "--device", "cuda", "--teacher", "toy/student", "--structure_reward", "reward:line_similarity", *flags), tmp_path)
+    c = run.config
+    models = [[("load", place, dtype)] + [("shard", "cuda", c.dtype, c.offload)] * (place == "cpu") for dtype in ("float32", c.dtype, c.dtype)]
+    assert seen == [("use", "cuda"), *sum(models, [])] and run.optimizer.defaults["lr"] == c.lr and run.optimizer.defaults["betas"] == (0.9, c.adam_beta2)
 
 
 def furthest(a, b):

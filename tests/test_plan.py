@@ -148,7 +148,9 @@ def test_what_is_shared_out_is_shared_out():
     assert (four.memory["sampling"]["working copy"] == one.memory["sampling"]["working copy"]
             and four.memory["always"]["reward model"] == one.memory["always"]["reward model"] == 2 * s.params)
     away = plan.estimate(replace(cfg, offload=True), s, [s], 1, 1024)
-    assert away.memory["always"]["masters"] == away.memory["update"]["gradients"] == 0 and away.cpu == (4 + 8 + 2 + 4) * s.params
+    assert away.memory["always"]["masters"] == away.memory["update"]["gradients"] == 0 and away.cpu == 8 * s.params + (4 + 2 + 4) * s.pinned
+    assert s.pinned == 28 * ((2 << 24) + (2 << 21) + (3 << 27) + (3 << 12) + (2 << 9)) + (2 << 30) + (1 << 12)         # q, o; k, v; three of the MLP; norms, biases
+    assert four.saving * 4 == one.saving == away.saving == 24 * s.params
     lora = plan.shape(plan.read_config(cfg.model), 32)
     assert lora.adapters == 28 * 32 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     small = plan.estimate(replace(cfg, lora_rank=32), lora, [s], 1, 1024)
@@ -186,7 +188,7 @@ def test_bytes_of_the_paper_s_gsrm_by_hand(capsys, tmp_path, monkeypatch):
     assert update["gradients"] == 4 * n and update["activations"] == 25_000 * (28 * 3584 * b + kept) and update["a unit's gradient"] == 6 * rest
     assert update["head"] == (1 << 28) * b + 152_064 * 3584 * b + 25_000 * 3584 * b and p.seconds == {"update": 8 * n * 100_000 / plan.FLOPS}
     away = plan.lesson(replace(cfg, offload=True), s, 25_000, 1)
-    assert away.cpu == 16 * n and away.peak == pytest.approx(p.peak - 16 * n) and plan.lesson(cfg, s, 25_000, 4).memory["always"]["masters"] == n
+    assert away.cpu == 8 * n + (4 + 4) * s.pinned and away.peak == pytest.approx(p.peak - 16 * n) and plan.lesson(cfg, s, 25_000, 4).memory["always"]["masters"] == n
     monkeypatch.chdir(tmp_path)
     sft.main(cfg)
     out = capsys.readouterr().out
