@@ -9,7 +9,6 @@ When `breaker` requests in a row have failed the endpoint is down: for `cooldown
 never a text, a 0 or a "no". The key is OPENAI_API_KEY. `annotate` has a model write the training pairs of a GSRM; an interrupted one goes on where it was:
 
     python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl --limit 100      # needs pip install openai
-    python sft.py --model PATH --data out/pairs.jsonl --out out/gsrm
 
 Left out on purpose: streaming, batch APIs, load balancing, calls from inside a running event loop, a judge that must think before it says yes or no.
 """
@@ -31,13 +30,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from command import ConfigParser, ending, flag, write_aside, writing
+from command import ConfigParser, decoded, ending, flag, write_aside, writing
 from data import Problem, append_jsonl, data_file, load_problems, write_jsonl
 from gsrm import Step, decompose_prompt, format_steps, kept, parse_steps
 
 plain = lambda text: text.encode("utf-8", "replace").decode()     # JSON may smuggle in half a surrogate pair, which no file and no request can carry
 
-# ------------------------------------------------------------------------------------------------ what a server says
 
 @dataclass(frozen=True)
 class Answer:
@@ -81,7 +79,7 @@ class EndpointDown(ConnectionError):
 
 class Endpoint:
     """A model behind `url` (".../v1") as greedy `generate` and the judge's `p_yes`. At most `concurrency` requests at a time, `deadline` seconds per attempt.
-    `top_logprobs`: of the judge's first token (some servers allow only 5; 0: read its text). `extra`: further fields of the request body (None takes one out).
+    `top_logprobs`: of the judge's first token (some servers allow only 5; 0: read its text). `extra`: more fields of the body (None takes one out), or in JSON as NAME#{...}.
     `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent, "unclear" said neither yes nor no, "cut_off" at max_new_tokens),
     prompt_tokens, completion_tokens, seconds. ValueError for a bad url or number, ImportError without openai."""
 
@@ -89,6 +87,8 @@ class Endpoint:
                  breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, top_logprobs: int = 20, extra: dict[str, object] | None = None):
         if not re.fullmatch(r"https?://[^\s/@][^\s@]*", url):
             raise ValueError("the url must look like http://host:port/v1, with no user or password in it: a key goes into OPENAI_API_KEY")
+        model, mark, fields = model.partition("#{")
+        given = decoded((mark[1:] + fields or "{}").encode(), f"request fields behind the name of the model, {mark}{fields}")
         if min(max_new_tokens, concurrency, breaker) < 1 or min(retries, backoff, cooldown) < 0 or not deadline > 0:
             raise ValueError(f"{max_new_tokens=}, {concurrency=}, {breaker=} must be >= 1, {retries=}, {backoff=}, {cooldown=} >= 0, {deadline=} > 0")
         try:
@@ -96,13 +96,13 @@ class Endpoint:
         except ImportError:
             raise ImportError("an endpoint needs the openai package: pip install openai") from None
         self.url, self.model, self.max_new_tokens, self.concurrency, self.deadline, self.retries = url, model, max_new_tokens, concurrency, deadline, retries
-        self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, extra or {}
+        self.backoff, self.breaker, self.cooldown, self.raise_when_down, self.extra = backoff, breaker, cooldown, raise_when_down, given | (extra or {})
         self.key, self.stats, self.tally, self.top_logprobs = os.environ.get("OPENAI_API_KEY", "").strip() or "none", Counter(), Counter(), top_logprobs         # tally: see scorer
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("OPENAI_API_KEY must be one line of plain ASCII, without quotes around it")
         self.openai, self.client = openai, openai.AsyncOpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=None)          # retries and deadlines are ours
         self.runner, self.lock, self.probe = asyncio.Runner(), threading.Lock(), asyncio.Lock()         # one loop for all calls: its connections stay open
-        self.in_row, self.down_until, self.last_error = 0, 0.0, ""                                      # failures in a row; when to probe (0: not down)
+        self.in_row, self.down_until, self.last_error, self.budget = 0, 0.0, "", "max_tokens"           # failures in a row; when to probe (0: not down); the budget's name
 
     def generate(self, prompts: list[str]) -> list[str | None]:
         """The greedy answer to each prompt, None = failed, "" = none can be had: cut off at the budget (half a structure would pass for a whole one), the prompt
@@ -133,8 +133,7 @@ class Endpoint:
 
         async def work() -> None:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self.concurrency):
-                    group.create_task(worker())
+                _ = [group.create_task(worker()) for _ in range(self.concurrency)]
         with self.lock:
             try:
                 self.runner.run(work())
@@ -172,6 +171,7 @@ class Endpoint:
     async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | Literal[False] | None:
         """One request and its retries. Garbage is a failure of the server, an empty text one of the prompt, and so are 400, 413 and 422; 401, 403, 404 meet all."""
         self.stats["requests"] += 1
+        fields = {self.budget if name == "max_tokens" else name: value for name, value in fields.items()}
         body = {name: value for name, value in {"temperature": 0.0, **fields, **self.extra}.items() if value is not None}
         for attempt in range(retries + 1):
             lives, asked, wait = False, 0.0, min(30.0, self.backoff * 2 ** attempt) * random.uniform(0.5, 1.0)
@@ -189,12 +189,16 @@ class Endpoint:
             except self.openai.APIConnectionError as lost:
                 kind, error = "connection", f"{lost} ({lost.__cause__})"
             except self.openai.APIStatusError as status:
-                code, error, after = status.status_code, str(status), re.fullmatch(r"[0-9]+(\.[0-9]+)?", status.response.headers.get("retry-after", ""))
+                code, error, after = status.status_code, str(status), status.response.headers.get("retry-after", "")
                 kind, lives = "rate_limit" if code == 429 else "status_5xx" if code >= 500 else "status_4xx", code in (400, 413, 422)
-                asked = float(after[0]) if after else 0.0
+                asked = float(after) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", after) else 0.0
                 if kind == "status_4xx" and "logprobs" in fields and "logprob" in error.lower():
                     self.top_logprobs = 0                # refused: the text must do
-                    return await self.send(prompt, {"max_tokens": fields["max_tokens"]}, retries)
+                    return await self.send(prompt, {name: value for name, value in fields.items() if "logprobs" not in name}, retries)
+                if (name := str(status.param)) in body.keys() & {"max_tokens", "temperature"} and str(status.code).startswith("unsupported_"):       # OpenAI's reasoning models
+                    self.count(f"no_{name}", f"takes no {name}" + ": its answers are sampled, and not the greedy ones" * (name == "temperature"))
+                    self.budget, self.extra = ("max_completion_tokens", self.extra) if name == "max_tokens" else (self.budget, self.extra | {name: None})
+                    return await self.send(prompt, fields, retries)
             if attempt == retries or kind == "status_4xx" or asked > self.deadline:
                 break
             await asyncio.sleep(max(wait, asked))
@@ -280,7 +284,6 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
     tasks = {hashlib.sha256(decompose_prompt(p.problem, t).encode("utf-8", "replace")).hexdigest(): (p, t) for p in problems for t in p.teachers}
     written = lambda path: {row.get("key"): row for row in kept(path) if row.get("model") == endpoint.model and (path == rejected or row.keys() >= {"key", "prompt", "target"})}
     settled = written(record) | ({} if retry_rejected else written(rejected))
-    bar = tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0)
 
     async def settle(key: str) -> bool | None:
         problem, trace = tasks[key]
@@ -295,7 +298,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
                                                            "steps": [astuple(step) for step in parsed.steps]}
         append_jsonl(rejected if wrong else record, [row])                           # at once: a kill costs the answers under way and nothing else
         return True
-    with bar:
+    with tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0) as bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
     if retry_rejected and rejected.exists():             # the last word on each; what is annotated by now was rejected once and is no more
         last = {(row.get("model"), row.get("key")): row for row in kept(rejected) if row.get("model") != endpoint.model or row.get("key") not in written(record)}
@@ -313,7 +316,7 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
 class Config:
     """Flags of `python gsrm.py annotate`, besides its two switches."""
     url: str = field(metadata={"help": "of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"})
-    model: str = field(metadata={"help": "its name there"})
+    model: str = field(metadata={"help": "its name there; further fields of each request may stand behind it, as NAME#{JSON}"})
     out: str = flag("", "pairs to write; the record of the work lies beside it (default: out/DATA.pairs.jsonl)")
     limit: int = flag(0, "only the first so many problems (0: all)", "[0, inf)")
     concurrency: int = flag(32, "requests at a time", "[1, inf)")
@@ -345,6 +348,3 @@ def annotate_main(argv: list[str]) -> None:
             cost = (endpoint.stats["prompt_tokens"] * args.price_in + endpoint.stats["completion_tokens"] * args.price_out) / 1e6
             print(f"{', '.join(f'{name} {value:.0f}' for name, value in endpoint.stats.items())}; cost {cost:.4f}")
 
-
-if __name__ == "__main__":
-    annotate_main(sys.argv[2:] if sys.argv[1:2] == ["annotate"] else [])

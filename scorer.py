@@ -2,6 +2,7 @@
 
     --gsrm toy/gsrm                              a checkpoint folder, whose gsrm.json may name a judge of its own
     --gsrm http://127.0.0.1:8000/v1#NAME         a model behind an OpenAI-compatible endpoint          (--judge: the same two; #NAME may be left out if there is one)
+    --gsrm 'http://127.0.0.1:8000/v1#NAME#{"chat_template_kwargs": {"enable_thinking": false}}'       with further fields of each request, as JSON
     --gsrm toy:read                              a rule of the working folder that reads a trace into steps; equal words are its judge
     --structure_reward reward:line_similarity    a function of the working folder that gives the structure reward itself, without reading steps
 """
@@ -95,7 +96,7 @@ def text_model(path: str, device: str, max_new_tokens: int, dtype: str = "float3
 def served(path: str) -> str:
     """URL#MODEL where a URL leaves the model out and its server has a single one, else the path as it is; ValueError where it has none or several."""
     url, _, name = path.partition("#")
-    if name or not path.startswith(URLS):
+    if name and not name.startswith("{") or not path.startswith(URLS):
         return path
     probe = Endpoint(url, "", 1)
     names = probe.models()
@@ -103,7 +104,7 @@ def served(path: str) -> str:
     probe.runner.close()
     if len(names) != 1:
         raise ValueError(f"{path}: which model{f' of {len(names)}' * bool(names)}? write it behind a #, as in {url}#{names[0] if names else 'Qwen/Qwen2.5-7B-Instruct'}")
-    return f"{url}#{names[0]}"
+    return f"{url}#{names[0]}" + f"#{name}" * bool(name)
 
 
 def is_rule(gsrm: str) -> bool:

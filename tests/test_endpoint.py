@@ -245,6 +245,56 @@ def test_a_server_that_refuses_log_probs_is_asked_without(status: int, fake: Fak
     fake.behave = lambda body: error(status, "logprobs")             # a refusal of something else, from a text request: a failure
     assert e.p_yes(["a"]) == [None] and fake.hits == 6 and e.stats["status_4xx"] == 1
 
+
+def unsupported(param: object, code: object, message: str = "Unsupported parameter") -> Reply:
+    return 400, json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}).encode(), {}
+
+
+def test_a_reasoning_model_is_asked_with_the_fields_that_it_takes(fake: Fake, make: Callable[..., Endpoint], capsys: pytest.CaptureFixture) -> None:
+    """OpenAI's know no max_tokens and no temperature: each is refused once, and said once; what follows is asked in the new way at once."""
+    def behave(body: dict) -> Reply:
+        for name, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
+            if name in body:
+                return unsupported(name, code)
+        return ok(text_of(body).upper())
+    fake.behave = behave
+    e = make(concurrency=1)
+    assert e.generate(["a", "b"]) == ["A", "B"] and fake.hits == 4 and not e.stats["status_4xx"] and e.in_row == 0
+    sent = [("max_tokens" in body, "temperature" in body, body.get("max_completion_tokens")) for body in fake.bodies]
+    assert sent == [(True, True, None), (False, True, 50), (False, False, 50), (False, False, 50)]
+    said = capsys.readouterr().err
+    assert said.count("takes no max_tokens\n") == said.count("takes no temperature: its answers are sampled, and not the greedy ones") == 1
+    many = make(concurrency=8)
+    assert many.generate([str(n) for n in range(40)]) == [str(n) for n in range(40)] and not many.stats["status_4xx"]
+    assert many.p_yes(["yes", "no"]) == [1.0, 0.0] and fake.bodies[-1]["max_completion_tokens"] <= 8
+
+
+@pytest.mark.parametrize("reply", [unsupported("max_tokens", 400, "max_tokens is too large"), unsupported("temperature", "invalid_value"),
+                                   unsupported(["max_tokens"], "unsupported_value"), unsupported(None, None),
+                                   unsupported("messages", "unsupported_value", "the trace speaks of temperature, max_tokens and unsupported_value")])
+def test_other_refusals_change_no_field(reply: Reply, fake: Fake, make: Callable[..., Endpoint]) -> None:
+    e = make()
+    fake.behave = lambda body: reply
+    assert e.generate(["a"]) == [""] and fake.hits == 1 and e.stats["status_4xx"] == 1
+    fake.behave = lambda body: ok("A")
+    assert e.generate(["a"]) == ["A"] and fake.bodies[-1]["temperature"] == 0 and fake.bodies[-1]["max_tokens"] == 50
+
+
+def test_fields_may_stand_behind_the_name_of_the_model(fake: Fake, make: Callable[..., Endpoint], tmp_path: Path) -> None:
+    more = '{"chat_template_kwargs": {"enable_thinking": false}, "temperature": null}'
+    e = make(model=f"Qwen/Qwen3-8B#{more}", extra={"top_k": 5})
+    e.generate(["a"])
+    assert (e.model == fake.bodies[0]["model"] == "Qwen/Qwen3-8B" and fake.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+            and "temperature" not in fake.bodies[0] and fake.bodies[0]["top_k"] == 5)
+    for wrong in ("m#{", 'm#{"a": 1} x', 'm#{"a": 1, "a": 2}', "m#{a: 1}"):
+        with pytest.raises(ValueError, match="request fields behind the name of the model, #{.*not valid JSON"):
+            make(model=wrong)
+    fake.behave, fake.listing = lambda body: ok("Yes"), b'{"data": [{"id": "only"}]}'
+    for path in (f"{fake.url}#only#{more}", f"{fake.url}#{more}"):           # a name that the server tells, too
+        gsrm = load_gsrm(path, "", tmp_path / "cache.jsonl", "cpu")
+        gsrm(["P"], ["trace"], [["teacher"]])
+        assert fake.bodies[-1]["model"] == "only" and fake.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+
 # ------------------------------------------------------------------------------------------------ answers, their order, how many at a time
 
 
