@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
 
@@ -46,6 +47,10 @@ MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\
     (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
 STYLED = re.compile(r"\\(?:math(?:bf|rm|it|sf)|boldsymbol|bm|pmb|underline)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$")      # around all that follows
 PARTS = re.compile(r"""\\(?:text|textrm|mbox|mathrm)\s*\{(?!\s*(?:and|or|to)?\s*\})[^{}]*[A-Za-z][^{}]*\}\s*[,;]?\s*-?[0-9]""")            # 1 \text{ hour } 20 \text{ min}
+COLOUR = re.compile(r"\\(?:text)?color\s*(?:\[[A-Za-z]+\]\s*)?\{[^{}]*\}")                                                                   # what it colours stays
+LARGE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALED = re.compile(rf"""((?:\\?\$)?[+-]?)([0-9]{{1,30}}(?:\.[0-9]{{1,30}})?)                                                                              # 2.5 million dollars
+    ((?:\s+(?:{'|'.join(LARGE)})(?![A-Za-z])){{1,3}})((?:\s+[A-Za-z]+)*)""", re.IGNORECASE | re.VERBOSE)
 WRAPPED = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mbox)\s*\{\s*((?:\\?\$)?[0-9][^{}\\]*)\}\s*")                                           # \text{18 dollars}
 UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u20ac": "", "\u00a3": "", "~": " ", "\u2205": "\\emptyset ",
                          "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
@@ -83,6 +88,7 @@ def as_latex(answer: str) -> str:
         answer = wrapped[1]
     if re.search(r"[0-9})]\s*\\mathrm\s*\{\s*~", answer):             # 75 \mathrm{~km} / \mathrm{h}: units as texts are read past
         answer = re.sub(r"\\mathrm(?![a-zA-Z])", r"\\text", answer)
+    answer = COLOUR.sub("", answer).replace("{:}", ":")
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
     text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
@@ -91,6 +97,8 @@ def as_latex(answer: str) -> str:
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
         text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
     text = REPEATING.sub(repeating, text)
+    if scaled := SCALED.fullmatch(text.strip()):
+        text = f"{scaled[1]}{Decimal(scaled[2]) * math.prod(LARGE[word] for word in scaled[3].lower().split()):f}{scaled[4]}"
     bare = re.sub(r"(?:\\[ ,;]|\s)*\\?%$", "", text)                    # of a plain number quick_word takes it away
     text = text if NUMBER.fullmatch(bare) else bare
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
