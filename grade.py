@@ -37,7 +37,7 @@ UNGLUED = re.compile(rf"{THOUSANDS}$|.*(?:(?<!\\)[(\[]|\\(?:\{{|langle))", re.DO
 REPEATING = re.compile(r"(?<![0-9])([0-9]{0,15})\.([0-9]{0,15})\\(?:overline|bar)\s*(?:\{([0-9]{1,15})\}|([0-9]))")
 BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")                       # 52_8: math-verify passes over the base
 # in front of what a unit's name is not: 5 million dollars, 5 mod 7, 2 sin x
-NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand)ths|and|over|plus|minus
+NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)ths|and|over|plus|minus
     |mod|modulo|choose|factorial|squared|cubed|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?|exp|max|sqrt
     |alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
