@@ -50,13 +50,16 @@ EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/g
          "test": EVAL + "--data {data}/test.jsonl --temperature 1 --k 64 --out {out}/test.jsonl",
          "transfer": EVAL + "--data {data}/transfer.jsonl --temperature 1 --k 16 --out {out}/transfer.jsonl"}
 SFTS = {n: SFT.format(n=n, epochs=epochs) for n, epochs in EPOCHS.items()}
-FROM_SFT, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
+OWN = SFTS[512].replace("/train.", "/own.").replace("/val.", "/own_val.").replace("sft_512", "sft_512__own_words")         # same walks, in the words that the student speaks
+FROM_SFT, FROM_OWN, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --model {root}/sft_512__own_words/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
 TRUE = TRAIN + " --gsrm toy:read"                         # the world's own reader as reward model: what differs between such arms is not the reading
 DISTIL = TRAIN + TEACHER + " --w_structure 0 --w_outcome 0 --w_format 0 --beta 0"
 ARMS: dict[str, list[str]] = {                            # name -> commands; the student is what the last one wrote, without one the base
     "base": [], "grpo": [TRAIN + " --w_structure 0"], "rlkd": [TRAIN], **{f"sft {n}": [command] for n, command in SFTS.items()},
     "structure only": [TRAIN + " --w_outcome 0"], "rlkd, true structure": [TRUE], "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
     "sft 512 -> grpo": [SFTS[512], TRAIN + FROM_SFT + " --w_structure 0"], "sft 512 -> rlkd": [SFTS[512], TRAIN + FROM_SFT],
+    "sft 512, own words": [OWN], "sft 512, own words -> grpo": [OWN, TRAIN + FROM_OWN + " --w_structure 0"], "sft 512, own words -> rlkd": [OWN, TRAIN + FROM_OWN],
+    "grpo, outcome alone, weight 1": [TRAIN + " --w_structure 0 --w_outcome 1 --w_format 0"],
     "line similarity": [TRAIN + " --structure_reward reward:line_similarity"],
     "distillation": [SFTS[8192], DISTIL],                                                                                    # on-policy, exact reverse KL
     "sft 512 -> distillation": [SFTS[512], SFTS[8192], DISTIL + FROM_SFT],                                                   # where both speak one voice
@@ -68,7 +71,8 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     "GRPO's mean over rows": [TRUE + " --aggregation sequence --clip_high 0.2"],
     "two updates, clip 0.2": [TRUE + " --updates_per_batch 2 --clip_high 0.2"], "two updates, DAPO's clip": [TRUE + " --updates_per_batch 2"],
 }
-MAIN, SPARSE_ONLY = ("base", "grpo", "rlkd"), ("no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
+MAIN = ("base", "grpo", "rlkd")
+SPARSE_ONLY = ("sft 512, own words -> grpo", "sft 512, own words -> rlkd", "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["rlkd", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2], results="out/quick.jsonl")        # the long ones first: no core waits at the end
 NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
           "stayed and found,no steps,seconds,commands").split(",")                                          # of a finished line of the results
@@ -82,11 +86,13 @@ def has_arm(regime: str, arm: str) -> bool:
 
 
 def data_commands(regime: str, path: Path) -> list[str]:
-    """What makes a regime's problems: train, val, the held-out sets one by one and together."""
+    """What makes a regime's problems: train, val, both with the teacher's traces in the student's own words, the held-out sets one by one and together."""
     level, larger = REGIMES[regime]
     problems = lambda name, of, count, seed, more="": MADE.format(people=of[0], needed=of[1]) + f"--count {count} --seed {seed} {more}--out {shlex.quote(f'{path}/{name}.jsonl')}"
     test, wider, other = (64, SETS["test"]), (64, SETS["larger"]), (64, SETS["other"], "--wording other ")
-    return [problems("train", level, 8192, 11), problems("val", level, 128, 14), problems("test", level, *test), problems("transfer", larger, *wider),
+    return [problems("train", level, 8192, 11), problems("val", level, 128, 14),
+            problems("own", level, 512, 11, "--voice student "), problems("own_val", level, 128, 14, "--voice student "),
+            problems("test", level, *test), problems("transfer", larger, *wider),
             problems("transfer", level, *other[:2], other[2] + "--append "),
             problems("all", level, *test), problems("all", larger, *wider, "--append "), problems("all", level, *other[:2], other[2] + "--append ")]
 
@@ -219,7 +225,7 @@ def go_on(args) -> None:
     for regime in dict.fromkeys(regime for regime, *_ in todo):
         path = args.out / regime / "data"
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
+        if not (path / "own_val.jsonl").exists() or not (path / "all.jsonl").exists() or len(read_jsonl(path / "all.jsonl")) < 3 * 64:
             for command in data_commands(regime, path):
                 run(command, threads, path / "log.txt")
     written = Lock()

@@ -170,13 +170,13 @@ def read(trace: str) -> list[Step]:
     return steps
 
 
-def make_problems(seed: int, count: int, people: int, needed: tuple[int, int], wording: str = "plain") -> list[Problem]:
-    """`count` different problems of one level, each with the teacher's two traces (one where both orders give the same walk)."""
+def make_problems(seed: int, count: int, people: int, needed: tuple[int, int], wording: str = "plain", voice: str = "teacher") -> list[Problem]:
+    """`count` different problems of one level, each with the teacher's two traces (one where both orders give the same walk), told in a voice; the seed's are the same in both."""
     rng, problems = random.Random(seed), {}
     while len(problems) < count:
         world = make_world(rng, people, needed)
         walks, text = dict.fromkeys(tuple(plan(world.parts, world.target, swap)) for swap in (False, True)), question(world, rng, wording)
-        traces = tuple("\n".join(say(rng, world, list(walk), "teacher")) for walk in walks)
+        traces = tuple("\n".join(say(rng, world, list(walk), voice)) for walk in walks)
         problems.setdefault(text, Problem(f"{people}-{needed[0]}{needed[1]}-{seed}-{len(problems)}", text, str(world.values[world.target]), traces, "toy"))
     return list(problems.values())
 
@@ -322,12 +322,12 @@ def main() -> None:
         more.add_argument(f"--{name}", type=at_least(least), default=default)
     more.add_argument("--needed", type=int, nargs=2, default=NEEDED, metavar=("FROM", "TO"), help="how many people the answer takes")
     more.add_argument("--wording", choices=tuple(FACTS), default="plain")
+    more.add_argument("--voice", choices=tuple(VOICES), default="teacher", help="that the teacher's traces are told in")
     more.add_argument("--append", action="store_true", help="behind the problems that --out holds already")
     more.add_argument("--out", required=True)
-    args = parser.parse_args()
-    if args.command == "problems":
+    if (args := parser.parse_args()).command == "problems":
         with ending():
-            rows = [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording)]
+            rows = [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording, args.voice)]
             there = {row.get("id") for _, row in read_jsonl(args.out) if isinstance(row, dict)} if args.append and Path(args.out).exists() else set()
             if twice := next((row["id"] for row in rows if row["id"] in there), ""):
                 raise ValueError(f"{args.out} holds a problem {twice} already, and ids must be unique: choose another --seed than {args.seed}")
