@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import sys
+import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,20 @@ def by_step(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(path.name[5:]), path) for path in folder.glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)))
 
 
+def check_shared(folder: Path) -> None:
+    """Makes the folder; OSError on every process where one does not see what the first has put there: on two machines' own disks lie halves that nobody could load."""
+    mark = folder / f".seen_by_all_{all_max(time.time() if rank() == 0 else 0.0):.6f}"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    all_max(0)                                                # nobody looks before it is there
+    lost = all_max(not mark.exists())
+    if rank() == 0:
+        mark.unlink()
+    if lost:
+        raise OSError(f"{folder} is not one folder for all processes, so its checkpoints would be in pieces: give an --out on a disk that all machines share")
+
+
 class Checkpoints:
     """The checkpoints of a run, in `folder`: the last `keep`, and of the others the one with the best training reward."""
 
@@ -63,8 +78,8 @@ class Checkpoints:
         self.folder, self.keep, self.pool = folder, keep, ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None            # the writer's own: it talks while training does
+        check_shared(folder)
         if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             for half in folder.glob(".step_*"):               # of a kill in the midst of writing; its number may never come again
                 shutil.rmtree(half, ignore_errors=True)
 

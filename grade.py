@@ -37,9 +37,9 @@ UNGLUED = re.compile(rf"{THOUSANDS}$|.*(?:(?<!\\)[(\[]|\\(?:\{{|langle))", re.DO
 REPEATING = re.compile(r"(?<![0-9])([0-9]{0,15})\.([0-9]{0,15})\\(?:overline|bar)\s*(?:\{([0-9]{1,15})\}|([0-9]))")
 BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")                       # 52_8: math-verify passes over the base
 # in front of what a unit's name is not: 5 million dollars, 5 mod 7, 2 sin x
-NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)ths|and|over|plus|minus
-    |mod|modulo|choose|factorial|squared|cubed|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?|exp|max|sqrt
-    |alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
+NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)ths?|and|over|plus|minus
+    |mod|modulo|choose|factorial|squared|cubed|(?:more|less)\ than|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?
+    |exp|max|sqrt|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
@@ -92,6 +92,8 @@ def as_latex(answer: str) -> str:
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
     text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
+    text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248|(?:approximately|about|around)\s)\s*", "", text)
+    text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\s*\{\s*i\s*\}", "i", text)          # upright, no unit
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5

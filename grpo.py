@@ -152,9 +152,11 @@ def denominator(mask: Tensor, how: str = "token", max_length: int | None = None,
 
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor, denominator: Tensor, *,
-              clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0, kl_kind: str = "k3", level: str = "token") -> tuple[Tensor, dict[str, Tensor]]:
+              clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0, kl_kind: str = "k3", level: str = "token",
+              sampler_logp: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's share of the step's loss (shares add up: never average them) and its detached 0-d metrics. Takes (N, T), or flat (n,) with
-    per-token advantages and denominator. A metric ending in /max reduces by max, any other by sum, then divides by "tokens" (TRL's names)."""
+    per-token advantages and denominator. A metric ending in /max reduces by max, any other by sum, then divides by "tokens" (TRL's names).
+    sampler_logp: what the sampler said of the tokens, for the metrics sampling/* only (default: old_logp)."""
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp: score the tokens with the frozen reference model, or set beta to 0")
     terms, ratio = policy_terms(logp, old_logp, advantages, mask, clip_low, clip_high, level)
@@ -170,7 +172,8 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     with torch.no_grad():                                            # clipped = the tokens whose gradient the clip removed
         adv = torch.where(mask, _per_token("advantages", advantages, logp), 0.0)
         low, high = (ratio < 1 - clip_low) & (adv < 0), (ratio > 1 + clip_high) & (adv > 0)
-        ratio, difference = torch.where(mask, ratio, 0.0), torch.where(mask, (logp - old_logp).abs(), 0.0)
+        off = torch.where(mask, logp - (old_logp if sampler_logp is None else sampler_logp), 0.0)
+        ratio, difference = torch.where(mask, ratio if sampler_logp is None else off.clamp(max=80.0).exp(), 0.0), off.abs()
         metrics |= {"clip_ratio/low_mean": low.sum(), "clip_ratio/high_mean": high.sum(), "clip_ratio/region_mean": (low | high).sum()}
         # on the first pass these two compare trainer and sampler; later they also hold the policy's own drift
         for name, x in (("sampling_logp_difference", difference), ("importance_sampling_ratio", ratio)):

@@ -8,9 +8,8 @@ Student steps s_1..s_n against one teacher trace t_1..t_m. For i = 1 .. min(n, m
     R = sum credit_i / m                (normalize=False: the plain sum, as the authors' code has it)
 With K teacher traces R = max over traces: any branch that the teacher has shown may be followed.
 
-A reward is a number or None, "could not be scored" (judge or decomposer failed). None never becomes 0; it is left out of the group and the loss.
-Student text is untrusted: step tags, chat-template tokens and our delimiters in it are defused and its length is limited before it enters a prompt.
-The model behind `generate` and `judge` may be any pair of callables on prompts: an in-process checkpoint (rollout.TextModel), an endpoint, a rule.
+A reward is a number or None, "could not be scored": never 0, but left out of the group and the loss. Student text is untrusted: step tags, special tokens and our delimiters
+in it are defused, and it is cut to a length. Behind `generate` and `judge` may be any callables on prompts: a checkpoint in this process (rollout.TextModel), an endpoint, a rule.
 
     python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read                                      # its own report card (card.py)
     python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl    # its training pairs, written by a larger model (endpoint.py)
@@ -21,6 +20,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -191,6 +191,8 @@ NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|i
 DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
 THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
+RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u2080-\u2089]+")            # superscript and subscript digits
+digest = lambda *parts: hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
 
 
 def variables(text: str) -> set[str] | None:
@@ -241,7 +243,9 @@ def reading_rule(read: Callable[[str], list[Step]]) -> Callable[[list[str]], lis
 
 
 def words(text: str) -> list[str]:
-    """Its numbers (2,000 and 2{,}000 as 2000, .5 as 0.5, 2.50 as 2.5) and lower-case words; of scripts that set no blanks, such as Chinese, Japanese and Thai, each letter."""
+    """Its numbers (2{,}000 as 2000, .5 as 0.5, 2.50 as 2.5), lower-case words, Greek letters by their names; of scripts without blanks, as Chinese or Thai, each letter."""
+    text = unicodedata.normalize("NFKC", RAISED.sub(r" \g<0> ", text))                     # full width, \u00bd; x\u00b2 as x^2, and not as x2
+    text = re.sub("(?<![\u0370-\u03ff])[\u03b1-\u03c9](?![\u0370-\u03ff])", lambda c: f" {unicodedata.name(c[0]).split()[-1].replace('LAMDA', 'LAMBDA')} ", text)
     return [w.rstrip("0").rstrip(".") if "." in w else w for w in WORD.findall(re.sub(r"\.(?<![\w.)\]}]\.)(?=\d)", "0.", THOUSANDS.sub(r"\1", text.lower())))]
 
 
@@ -250,10 +254,6 @@ def faithful(step: Step, trace: str) -> bool:
     answers, there = ([words(t) for t in dict.fromkeys((text, THOUSANDS.sub(r"\1 ", text)))] for text in (step.answer, trace))
     there = set().union(*there)
     return any(all(w in there for w in ws if w[0].isdigit()) and 2 * sum(w in there for w in ws) >= len(ws) for ws in answers) if answers[0] else step.answer in trace
-
-
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
 
 
 def kept(path: Path) -> list[dict]:

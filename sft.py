@@ -36,7 +36,7 @@ from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_complet
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
 from parallel import all_sum, finish, finite, hollow, inside, plain, rank, recompute, shard, start, units, use_device, whole_state, world
-from rollout import check_head, micro_batches, predictors
+from rollout import check_head, micro_batches, predictors, without_dropout
 from update import adamw, even
 from watch import Leave, leaving, run_record
 
@@ -313,6 +313,7 @@ def main(config: Config) -> None:
         sharded = config.dtype != "float32" or config.offload or world() > 1
         model, tokenizer = load_model(config.model, "cpu" if sharded else config.device)          # a card may not hold the whole
         check_head(model)
+        without_dropout(model)
         positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         examples = load_examples(config, tokenizer, config.data, "train", positions)
         held = load_examples(config, tokenizer, config.eval_data, "test", positions) if config.eval_data else []

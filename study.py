@@ -74,9 +74,9 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
 MAIN = ("base", "grpo", "rlkd")
 SPARSE_ONLY = ("sft 512, own words -> grpo", "sft 512, own words -> rlkd", "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 QUICK = dict(arms=["rlkd", "grpo", "base"], regimes=["sparse"], seeds=[0, 1, 2], results="out/quick.jsonl")        # the long ones first: no core waits at the end
-NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
+NEEDED = ("greedy,sampled,pass@64,found@64,structure,choice,answer,sums,paths,length,larger,larger choice,larger found@16,other,other choice,other found@16,left,never left,"
           "stayed and found,no steps,seconds,commands").split(",")                                          # of a finished line of the results
-KINDS = {"regime": str, "arm": str, "machine": str, "seed": int, "commands": list, "left": list, "curve": dict}          # of a line's fields; the others are numbers, or null
+KINDS = {"regime": str, "arm": str, "machine": str, "commit": str, "seed": int, "commands": list, "left": list, "curve": dict}        # of a line's fields; others: numbers, or null
 _made: defaultdict[Path, Lock] = defaultdict(Lock)         # two arms may start from one SFT model: one of them makes it
 _running: set[subprocess.Popen] = set()                    # what SIGTERM ends with the study
 

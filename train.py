@@ -223,8 +223,7 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
         rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
-    counts = getattr(run.gsrm, "stats", {})
-    counts.clear()                                        # of an evaluation before the first step
+    (counts := getattr(run.gsrm, "stats", {})).clear()    # of an evaluation before the first step
     rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
     true, (adv, scored) = true_structure(run.truth, problems, texts), advantages(rewards, config)
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
@@ -235,7 +234,8 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     clock.append(time.time())
     for group in run.optimizer.param_groups:
         group["lr"] = rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
-    metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher) for _ in range(config.updates_per_batch)])
+    metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher, old_logp)
+                      for old_logp in [torch.full_like(rollout.logp, torch.nan)] * config.updates_per_batch])               # one tensor: the first update fills it in
     clock.append(time.time())
     table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
     metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": rate, "step_time": clock[-1] - clock[0]}

@@ -82,10 +82,11 @@ def teacher_view(teacher: PreTrainedModel, prompts: list[list[int]], completions
 
 
 def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], per_token: dict[str, torch.Tensor], config: Settings,
-               tally: Callable[[dict[str, torch.Tensor]], None], teacher: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-    """The loss share of one micro-batch. per_token: old_logp, advantages, denominator and perhaps ref_logp, (tokens,) in row order, as `predictors` gives them; teacher:
-    its teacher_view. The policy's loss is evaluated inside the head's matmul (linear_policy_loss, three matmuls instead of four) unless it couples the tokens of a row
-    (level sequence). Heads of one tokenizer may be padded to different lengths: the KL is over the rows that both have."""
+               tally: Callable[[dict[str, torch.Tensor]], None], teacher: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss share of one micro-batch, and the tokens' log-probs. per_token: old_logp (NaN: those very log-probs), sampler_logp, advantages, denominator and perhaps
+    ref_logp, (tokens,) in row order, as `predictors` gives them; teacher: its teacher_view. The policy's loss is evaluated inside the head's matmul (linear_policy_loss,
+    three matmuls instead of four) unless it couples the tokens of a row (level sequence). Heads of one tokenizer may be padded to different lengths: the KL is over the
+    rows that both have."""
     head, T = model.get_output_embeddings().weight, config.temperature
     hidden, targets = predictors(model, prompts, completions)                          # (tokens, D), (tokens,)
     keep = torch.arange(max(map(len, completions))) < torch.tensor([[len(c)] for c in completions])                    # (n, T)
@@ -93,25 +94,31 @@ def micro_loss(model: PreTrainedModel, prompts: list[list[int]], completions: li
 
     def loss_of(logp: torch.Tensor, rows: slice) -> torch.Tensor:
         lay = lambda x: x[rows] if keep.ndim == 1 else x.new_zeros(keep.shape).masked_scatter(keep, x)
-        x = {name: lay(value) for name, value in per_token.items()}
-        loss, sums = grpo_loss(logp if keep.ndim == 1 else lay(logp), x["old_logp"], x.get("ref_logp"), x["advantages"], keep[rows], x["denominator"].clamp_min(1),
-                               clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, kl_kind=config.kl_kind, level=config.level)
+        x, logp = {name: lay(value) for name, value in per_token.items()}, logp if keep.ndim == 1 else lay(logp)
+        old = torch.where(x["old_logp"].isnan(), logp.detach(), x["old_logp"])
+        loss, sums = grpo_loss(logp, old, x.get("ref_logp"), x["advantages"], keep[rows], x["denominator"].clamp_min(1), clip_low=config.clip_low, clip_high=config.clip_high,
+                               beta=config.beta, kl_kind=config.kl_kind, level=config.level, sampler_logp=x["sampler_logp"])
         tally(sums)
         return loss
 
-    loss = loss_of(linear_logprob(hidden, head, targets, T)[0], slice(None)) if config.level == "sequence" else linear_policy_loss(hidden, head, targets, T, loss_of)[0]
+    if config.level == "sequence":
+        loss = loss_of(logp := linear_logprob(hidden, head, targets, T)[0], slice(None))
+    else:
+        loss, logp = linear_policy_loss(hidden, head, targets, T, loss_of)
     if teacher:
         V = min(len(head), len(teacher[1]))
         token_kl = linear_kl(hidden, head[:V], teacher[0], teacher[1][:V], T)                                         # (tokens,)
         tally({"teacher_kl": token_kl.detach().sum()})
         loss = loss + config.teacher_kl * (token_kl / per_token["denominator"].clamp_min(1)).sum()
-    return loss
+    return loss, logp.detach()
 
 
 def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rollout: Rollout,
-           adv: torch.Tensor, scored: torch.Tensor, config: Settings, teacher: PreTrainedModel | None = None) -> dict[str, float]:
+           adv: torch.Tensor, scored: torch.Tensor, config: Settings, teacher: PreTrainedModel | None = None, old_logp: torch.Tensor | None = None) -> dict[str, float]:
     """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp, a frozen `teacher` or none; metrics are means over
-    tokens, reduced once: entropy and clip ratios over those of all scored rows, the others over those of rows that have a gradient."""
+    tokens, reduced once: entropy and clip ratios over those of all scored rows, the others over those of rows that have a gradient.
+    old_logp, (N, T): what the ratio compares with. Where it is NaN that is what this pass itself finds, which is put there for the updates to come: sampler and trainer
+    round differently, in bfloat16 by more than GSPO's clip. None: the sampler's."""
     model.train()
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
@@ -126,16 +133,19 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     for piece in even(micro_batches([len(prompts[n]) + int(rollout.lengths[n]) for n in used], config.max_tokens)):
         rows = [used[i] for i in piece] or [0]
         valid, repeat = rollout.mask[rows], lambda x, rows=rows: x[rows].to(rollout.logp.device).repeat_interleave(rollout.lengths[rows])
-        per_token = {"old_logp": rollout.logp[rows][valid], "advantages": repeat(adv), "denominator": repeat(denom)}
+        old = rollout.logp if old_logp is None else old_logp
+        per_token = {"old_logp": old[rows][valid], "sampler_logp": rollout.logp[rows][valid], "advantages": repeat(adv), "denominator": repeat(denom)}
         if ref_logp is not None:
             per_token["ref_logp"] = ref_logp[rows][valid]
         tokens = [prompts[n] for n in rows], [rollout.completion(n) for n in rows]
         if not piece:
             per_token["advantages"] = torch.zeros_like(per_token["advantages"])         # the pass is there for the collectives: what it cannot blow up it cannot spoil
         seen = teacher_view(teacher, *tokens) if teacher else None
-        loss = inside(model, partial(micro_loss, model, *tokens, per_token, config, tally if piece else lambda part: None, seen)) * bool(piece)
-        (loss * world()).backward()                                                     # FSDP2 averages over processes, shares are to be summed
-        total += loss.item()
+        loss, logp = inside(model, partial(micro_loss, model, *tokens, per_token, config, tally if piece else lambda part: None, seen))
+        (loss * bool(piece) * world()).backward()                                       # FSDP2 averages over processes, shares are to be summed
+        total += loss.item() * bool(piece)
+        if old_logp is not None and piece:
+            old_logp[rows] = old_logp[rows].masked_scatter(valid, torch.where(per_token["old_logp"].isnan(), logp, per_token["old_logp"]))
     return apply_gradient(model, optimizer, total, sums, config.max_grad_norm)
 
 

@@ -56,6 +56,16 @@ def copy(run, to):
     return to
 
 
+def test_two_machines_with_a_disk_each_are_told_before_anything_is_trained(tmp_path, monkeypatch):
+    """The first process sees its own mark, another one does not: all of them stop. One process, or a shared disk: no mark is left behind."""
+    checkpoint.check_shared(tmp_path / "shared")
+    assert list((tmp_path / "shared").iterdir()) == []
+    monkeypatch.setattr(checkpoint, "all_max", lambda value: 1.0 if isinstance(value, bool) else value)              # somebody does not see it
+    with pytest.raises(OSError, match="is not one folder for all processes.*give an --out on a disk that all machines share"):
+        Checkpoints(tmp_path / "own")
+    assert list((tmp_path / "own").iterdir()) == []
+
+
 def test_what_is_written_is_what_was_saved_though_training_goes_on(small, tmp_path):
     model, tokenizer, optimizer = small
     then = [p.detach().clone() for p in model.parameters()]

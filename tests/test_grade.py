@@ -163,6 +163,8 @@ CASES = [                                                            # gold, wha
     ("12", r"12\text{ million}", False), ("12000000", r"12\text{ million}", True), ("5 million", "5,000,000", True), ("2500000", "2.5 million dollars", True),
     ("2500000", r"\$2.5 \text{ million}", True), ("24", "2 dozen", True), ("24", "3 dozen", False), ("5 million", "5", False), ("500000", "5 hundred thousand", True),
     ("-3000", "-3 Thousand", True), ("7", "5 million plus 2", False), ("5 million", "5 billion", False), ("1234", "1.234 thousand", True),
+    ("5", r"\approx 5", True), ("5", "approximately 5", True), ("5", "\u2248 6", False), ("5", r"5\text{i}", False), ("5i", r"5\mathrm{i}", True), ("5", "5 quarters", True),
+    ("5", "5 thousandth", False), ("5", "5 pairs", True), ("5", "5 more than x", False), ("5", "5 more", True),
     ("5 thousandths", "5000", False), ("5", "5 thousandths", False),
     ("5", r"\textcolor{red}{5}", True), (r"\textcolor{red}{5}", "5", True), ("5", r"\color{blue}5", True), ("5", r"{\color[rgb]{1,0,0} 5}", True),
     ("5", r"\textcolor{red}{6}", False),

@@ -675,6 +675,9 @@ def test_an_unfaithful_step_does_not_count() -> None:
     ("八個蘋果", "所以一共有八個蘋果。", True), ("八個蘋果", "所以一共有九個蘋果", True), ("八個梨子", "所以他走了", False),
     ("八個のリンゴ", "全部で八個のリンゴがある。", True),
     ("12个苹果", "一共有12个苹果。", True), ("12个苹果", "一共有13个苹果。", False),
+    ("x^2 = 9", "so x² = 9", True), ("x² = 9", "so x^2 = 9", True), ("3^2", "so 32", False), ("3²", "so 32", False), ("10^{-3}", "it is 10⁻³", True), ("a_1 = 2", "a₁ = 2", True),
+    ("1/2", "that is ½ of it", True), ("\\pi", "an area of π", True), ("2\\theta", "at 2θ", True), ("\\lambda", "with λ", True), ("\\lambda", "with μ", False),
+    ("12", "is １２", True), ("\\pi r^2", "πr²", True),
     ("แปดผล", "มีแอปเปิ้ลทั้งหมดแปดผล", True), ("사과 여덟 개", "모두 사과 여덟 개", True), ("사과", "사과가 있다", False)])
 def test_faithful(answer: str, trace: str, is_there: bool) -> None:
     assert faithful(Step("m", "q", answer), trace) is is_there

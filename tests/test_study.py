@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -74,7 +75,12 @@ def test_the_tables_are_those_of_the_results():
     runs["sparse", "base"] = {0: row("sparse", "base", 0, 0.1)}
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
     assert words == [f"**supported**: +0.440 ± {half(gains):.3f} (3 seeds)", f"**not supported**: -0.440 ± {half(gains):.3f} (3 seeds)",
-                     "the same difference in every seed: +0.000 (3 seeds)", "one seed", "not run"]
+                     "**no difference**: both 0.20 in every seed (3 seeds)", "one seed", "not run"]
+    steps = {"grpo": (0, 0, 0), "rlkd": (0.01, -0.01, 0.0), "sft 512": (0.03, -0.03, 0.0), "base": (0.02, 0.02, 0.02)}
+    near = evidence.gathered([row("sparse", arm, seed, 0.5 + d) for arm, seeds in steps.items() for seed, d in enumerate(seeds)])
+    words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(near, tuple(("", arm, "grpo", name) for arm, name in (
+        ("rlkd", "sampled"), ("sft 512", "sampled"), ("base", "sampled"), ("rlkd", "paths"))), ("sparse",)).splitlines()[2:]]
+    assert [word.split(":")[0] for word in words] == ["**no difference above 0.05**", "undecided", "**supported**", "undecided"] and words[2] == "**supported**: +0.020 (3 seeds)"
     mixed = evidence.gathered([row("sparse", "rlkd", 0, 0.5), row("sparse", "rlkd", 1, 0.7) | {"choice": None}])
     assert "| 0.50 (1 seed) |" in evidence.arms_table(mixed, "sparse", ["rlkd"], {"sampled": "sampled", "choice": "choice"})
     gaps = [0.5 * ((1 - 1 / 3) * value + 0.03 * seed) for seed, value in enumerate((0.50, 0.62, 0.53))]
@@ -132,6 +138,19 @@ def test_a_walk_is_every_sum_that_the_answer_needs_and_no_guess():
     assert measures.walk(sample(WALK, correct=False)) is None and measures.walk(sample(WALK, correct=None)) is None
 
 
+def test_sums_count_where_both_numbers_were_there():
+    """Ann's sum on a wrong or a missing Bob is none of those that are asked for; one that is made again counts again."""
+    sums = lambda steps: measures.sums(generation("x", 0, True, steps))
+    wrong, again = ("then Bob", "Bob makes what", "5", 0.5), ("then Ann", "Ann makes what", "3", 0.0)
+    assert sums(WALK) == ({"Dan", "Cid", "Eve", "Bob", "Ann"}, [True, True])
+    assert sums([*WALK[:2], wrong, WALK[3]]) == ({"Dan", "Cid", "Eve"}, [False]) and sums([WALK[3]])[1] == []
+    assert sums([wrong, WALK[2], again, WALK[3]])[1] == [False, True, False, True]
+    assert sums([("then Dan", "Dan makes what", "9", 1.0), ("then Zed", "Zed makes what", "1", 0.0)])[1] == []          # no sums: a given number, a stranger
+    rows = [generation("x", 0, True, WALK), generation("x", 1, False, [*WALK[:2], wrong])]
+    assert measures.measures(rows, rows[:1])[0]["sums"] == pytest.approx(2 / 3)
+    assert math.isnan(measures.measures([generation("x", 0, False, [])], rows[:1])[0]["sums"])
+
+
 def test_figures_of_one_student():
     other = [("for Bob", "Bob has what", "Eve plus Dan", 0.0), WALK[0], *WALK[2:]]
     guess = [WALK[0], WALK[3]]
@@ -170,8 +189,9 @@ def test_the_page_is_made_from_the_rows_alone(tmp_path):
     pages = [evidence.report(both, evidence.blocks(both), tmp_path / name / "page.md", template) for name in ("a", "b") if (tmp_path / name).mkdir() is None]
     assert [p.read_bytes() for p in pages[0]] == [p.read_bytes() for p in pages[1]] and len(pages[0]) == 1 + len(evidence.PICTURES)
     text = pages[0][0].read_text()
-    assert (text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0 hours" in text
+    assert (text.startswith("Words.\n<!-- study-sparse -->\n| arm | seeds |") and "old" not in text and "12 runs, 0.1 hours" in text
             and evidence.fill(text, evidence.blocks(both)) == text)
+    assert f"{evidence.blocks(both)['study-beyond'].count('±') + evidence.blocks(both)['study-claims'].count('±')} verdicts below" in evidence.blocks(both)["study-chance"]
     with pytest.raises(ValueError, match="study-magic"):
         evidence.fill("<!-- study-magic --><!-- /study-magic -->", {})
     page = evidence.report(both, evidence.blocks(both), tmp_path / "quick.md", ROOT / "docs/study.md")[0].read_text()
@@ -185,6 +205,8 @@ def test_a_page_elsewhere_links_to_what_is_there_and_draws_what_it_has(tmp_path)
     some[3]["curve"] = {name: curve[:1] for name, curve in some[3]["curve"].items()}
     some[4]["never left"] = None
     page = evidence.report(some, evidence.blocks(some), tmp_path / "quick.md", ROOT / "docs/study.md")[0]
+    same_name = evidence.report(some, evidence.blocks(some), tmp_path / "study.md", ROOT / "docs/study.md")[0].read_text()      # as of the README's own commands
+    assert "of the runs in study.jsonl" in same_name and "](bench.md)" not in same_name and "](study_pass.png)" in same_name
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
     assert len(links) > 8 and all((tmp_path / link).exists() for link in links if link != "quick.jsonl") and "(bench.md)" not in links
 
@@ -265,7 +287,8 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     """Every table of docs/study.md and of the README, byte for byte; the pictures too, where matplotlib is the one that drew them.
     Outside of the marked places there is no figure."""
     results = sorted(study.read_results(ROOT / "docs/study.jsonl"), key=study.order)
-    pages = evidence.report(results, made := evidence.blocks(results), tmp_path / "study.md", ROOT / "docs/study.md")
+    template = Path(shutil.copy(ROOT / "docs/study.md", tmp_path))                # the page is its own template
+    pages = evidence.report(results, made := evidence.blocks(results), template, template)
     assert pages[0].read_text() == (ROOT / "docs/study.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert "<!-- study-short -->" in readme and evidence.fill(readme, made) == readme

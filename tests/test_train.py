@@ -170,6 +170,35 @@ def test_the_entropy_is_that_of_all_tokens_spreadless_groups_too(data):
     assert [m["entropy"] for m in seen] == pytest.approx([wanted] * 2, rel=1e-5) and wanted != pytest.approx(float(rollout.entropy[:2][rollout.mask[:2]].mean()), rel=1e-2)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_ratio_is_to_what_the_trainer_itself_said_first(data, level):
+    """However far off the sampler's log-probs are: two updates are those on the trainer's own, and the sampling metrics say how far."""
+    cfg, prompts = replace(config(data, "unused"), level=level, beta=0.0, clip_low=0.05, clip_high=0.05, max_tokens=200), []
+    outcomes = {}
+    for noise in (0.0, 0.3):
+        model, tokenizer = load_model("toy/student")
+        prompts = [problem_ids(tokenizer, p) for p in make_problems(5, 2, 5, (2, 4)) for _ in range(2)]
+        rollout = Sampler(model, *stop_and_pad_ids(model, tokenizer)).generate(prompts, 1, 12, 1.0, seed=0)
+        truth = reference_logp(model, prompts, rollout, cfg)
+        rollout = replace(rollout, logp=rollout.logp + noise * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1)))
+        adv, scored, old = torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4, dtype=torch.bool), torch.full_like(rollout.logp, torch.nan)
+        update = lambda: train.update(model, None, torch.optim.SGD(model.parameters(), lr=3.0), prompts, rollout, adv, scored, cfg, None, old)  # noqa: B023
+        first, second = update(), update()
+        assert torch.allclose(old[rollout.mask], truth[rollout.mask], atol=2e-5) and first["clip_ratio/region_mean"] == 0 < second["clip_ratio/region_mean"]
+        assert first["sampling/sampling_logp_difference/mean"] == pytest.approx(float((truth - rollout.logp).abs()[rollout.mask].mean()), abs=2e-5)
+        assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(float((truth - rollout.logp).exp()[rollout.mask].mean()), rel=1e-4)
+        outcomes[noise] = [p.detach().clone() for p in model.parameters()], second["loss"], second["grad_norm"]
+    assert all(torch.equal(a, b) for a, b in zip(outcomes[0.0][0], outcomes[0.3][0])) and outcomes[0.0][1:] == outcomes[0.3][1:]
+    assert not torch.equal(outcomes[0.0][0][0], load_model("toy/student")[0].get_input_embeddings().weight)
+
+
+def test_in_bfloat16_the_first_update_is_on_policy(data, tmp_path):
+    """GSPO's clip is narrower than bfloat16's rounding between sampler and trainer: measured against the sampler it would cut a third of the tokens."""
+    train.main(config(data, tmp_path, "--steps", "2", "--dtype", "bfloat16", "--level", "sequence", "--aggregation", "sequence", "--clip_low", "3e-4", "--clip_high", "4e-4"))
+    for line in lines(tmp_path):
+        assert line["clip_ratio/region_mean"] == 0 and 1e-4 < line["sampling/sampling_logp_difference/mean"] < 0.05 and line["grad_norm"] > 0
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor had that an operation returned."""
     most = 0
