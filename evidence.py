@@ -153,7 +153,8 @@ METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampl
            "choice": "choice", "answer": "answer on the branch", "sums": "sums right", "paths": "walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse", "sparse", "rlkd", "grpo"), ("RLKD - GRPO where they are dense", "dense", "rlkd", "grpo"),
-          ("RLKD - SFT on the same 512 problems, sparse", "sparse", "rlkd", "sft 512"))            # of the README
+          ("RLKD - SFT on the same 512 problems in the teacher's words, sparse", "sparse", "rlkd", "sft 512"),
+          ("RLKD - SFT on the same walks told in the student's own words, sparse", "sparse", "rlkd", "sft 512, own words"))            # of the README
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 
@@ -185,7 +186,8 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     beside = [f"{regime}-{kind}" for regime in ("sparse", "dense") for kind in ("gains", "rewards")]
     made["study-chance"] = (f"* {intervals('claims', 'beyond')} verdicts below have an interval: if nothing differed at all, one in twenty would leave 0 out all the same. "
                             f"The tables hold {intervals(*beside)} differences more. An interval that only just leaves it out is weak evidence.")
-    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "grpo", "rlkd"], named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
+    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", "rlkd"],
+                                     named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made
 
 

@@ -50,7 +50,7 @@ EVALS = {"greedy": EVAL + "--data {data}/all.jsonl --temperature 0 --out {out}/g
          "test": EVAL + "--data {data}/test.jsonl --temperature 1 --k 64 --out {out}/test.jsonl",
          "transfer": EVAL + "--data {data}/transfer.jsonl --temperature 1 --k 16 --out {out}/transfer.jsonl"}
 SFTS = {n: SFT.format(n=n, epochs=epochs) for n, epochs in EPOCHS.items()}
-OWN = SFTS[512].replace("/train.", "/own.").replace("/val.", "/own_val.").replace("sft_512", "sft_512__own_words")         # same walks, in the words that the student speaks
+OWNS = {n: SFTS[n].replace("/train.", "/own.").replace("/val.", "/own_val.").replace(f"sft_{n}/", f"sft_{n}__own_words/") for n in (32, 128, 512)}       # in the student's words
 FROM_SFT, FROM_OWN, TEACHER = " --model {root}/sft_512/seed{seed}/model", " --model {root}/sft_512__own_words/seed{seed}/model", " --teacher {root}/sft_8192/seed{seed}/model"
 TRUE = TRAIN + " --gsrm toy:read"                         # the world's own reader as reward model: what differs between such arms is not the reading
 DISTIL = TRAIN + TEACHER + " --w_structure 0 --w_outcome 0 --w_format 0 --beta 0"
@@ -58,7 +58,8 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     "base": [], "grpo": [TRAIN + " --w_structure 0"], "rlkd": [TRAIN], **{f"sft {n}": [command] for n, command in SFTS.items()},
     "structure only": [TRAIN + " --w_outcome 0"], "rlkd, true structure": [TRUE], "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
     "sft 512 -> grpo": [SFTS[512], TRAIN + FROM_SFT + " --w_structure 0"], "sft 512 -> rlkd": [SFTS[512], TRAIN + FROM_SFT],
-    "sft 512, own words": [OWN], "sft 512, own words -> grpo": [OWN, TRAIN + FROM_OWN + " --w_structure 0"], "sft 512, own words -> rlkd": [OWN, TRAIN + FROM_OWN],
+    **{f"sft {n}, own words": [command] for n, command in OWNS.items()},
+    "sft 512, own words -> grpo": [OWNS[512], TRAIN + FROM_OWN + " --w_structure 0"], "sft 512, own words -> rlkd": [OWNS[512], TRAIN + FROM_OWN],
     "grpo, outcome alone, weight 1": [TRAIN + " --w_structure 0 --w_outcome 1 --w_format 0"],
     "line similarity": [TRAIN + " --structure_reward reward:line_similarity"],
     "distillation": [SFTS[8192], DISTIL],                                                                                    # on-policy, exact reverse KL
