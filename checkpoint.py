@@ -269,7 +269,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     if not args.checkpoint.is_dir() or (why := damage(args.checkpoint)):
-        sys.exit(f"error: {args.checkpoint} is not a whole checkpoint: {why if args.checkpoint.is_dir() else 'no such folder'}")
+        found = sorted(args.checkpoint.glob("checkpoints/step_*"))
+        hint = f"; give one of its checkpoints, such as {found[-1]}" if found else "; it is a model already" if (args.checkpoint / "config.json").is_file() else ""
+        sys.exit(f"error: {args.checkpoint} is not a whole checkpoint: {why if args.checkpoint.is_dir() else 'no such folder'}{hint}")
     if args.out.exists():
         sys.exit(f"error: {args.out} is there already: choose another --out")
     if (note := args.checkpoint / "adapter_config.json").is_file():

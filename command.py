@@ -22,6 +22,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")               # what matplotlib draws
+
 
 def in_one_line(error: Exception) -> str:
     """What an exception says, on one line; of the system's errors the path and what is wrong with it."""
@@ -102,6 +104,8 @@ def picture_file(text: str) -> Path:
     """A type for add_argument: where a picture goes, with the .png that matplotlib adds where there is no ending; a folder is refused."""
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file for the picture, such as {path / 'curve.png'}")
+    if path.suffix not in ("", *PICTURES) or not path.parent.exists():
+        raise argparse.ArgumentTypeError(f"{path}: {'no such folder' if path.suffix in ('', *PICTURES) else 'a picture ends in ' + ', '.join(PICTURES)}")
     return path if path.suffix else path.with_name(path.name + ".png")
 
 
@@ -118,7 +122,8 @@ def decoded(line: bytes, where: object) -> object:
         return json.loads(line.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise ValueError(f"{where}: not valid JSON ({why})") from None
+        table = str(where).rpartition(":")[0].endswith((".csv", ".tsv"))
+        raise ValueError(f"{where}: not valid JSON ({why})" + "; a table has to be made into JSON, one object a line" * table) from None
 
 
 def read_record(path: Path, *names: str) -> dict:

@@ -57,7 +57,7 @@ def half_pair(value: object) -> bool:
 def check_record(record: object, where: str) -> Problem:
     """A Problem from one decoded JSON line; ValueError names the place, the field and what was expected there."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}: write one problem a line")
     known = [f.name for f in fields(Problem)]
     if unknown := sorted(set(record) - set(known)):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; a problem has the fields {', '.join(known)}")
@@ -99,7 +99,7 @@ def data_file(path: str | Path, split: str = "train") -> Path:
     """The JSONL file that is meant by a file, or by a folder that holds `split`.jsonl ("toy" is the folder toy/); FileNotFoundError."""
     file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no problems at {file}: give a JSONL file, or a folder that holds {split}.jsonl")
+        raise FileNotFoundError(f"no problems at {file}: give a JSONL file, or a folder that holds {split}.jsonl (as seen from {Path.cwd()})")
     return file
 
 
@@ -190,7 +190,8 @@ def check_folder(path: str | Path, needs: str = "") -> None:
     if not folder.exists() and (not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or folder.parent != Path() and folder.parent.is_dir()):
         raise FileNotFoundError(f"{path}: there is no such folder; give a checkpoint folder, or a hub name such as Qwen/Qwen2.5-7B-Instruct")
     if folder.is_file() or folder.is_dir() and not (folder / needs).exists():
-        raise FileNotFoundError(f"{path}: {'is a file' if folder.is_file() else f'no {needs} in this folder'}; give the folder that save_pretrained wrote")
+        raise FileNotFoundError(f"{path}: {'is a file' if folder.is_file() else f'no {needs} in this folder'}; give "
+                                + (str(folder / "model") if (folder / "model" / "config.json").is_file() else "the folder that save_pretrained wrote"))
 
 
 @contextmanager

@@ -168,6 +168,8 @@ def start_file(out: Path, wanted: dict, k: int) -> list[dict]:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_record(record, wanted)
         return []
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file for the generations, such as {out / 'eval.jsonl'}")
     if not record.is_file():
         raise ValueError(f"{out} exists already, without a record of its settings ({record.name}): choose another --out")
     flat = lambda tree: {f"{part} {name}": value for part, values in tree.items() for name, value in (values.items() if isinstance(values, dict) else (("", values),))}
@@ -296,11 +298,11 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with ending():
-            if sys.argv[1:] and not sys.argv[1].startswith("-"):
-                commands(sys.argv[1:])
-            else:
+    with ending():
+        if sys.argv[1:] and not sys.argv[1].startswith("-"):
+            commands(sys.argv[1:])
+        else:
+            try:
                 main(parse_config())
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it stopped")
+            except KeyboardInterrupt:
+                sys.exit("interrupted: the same command goes on where it stopped")

@@ -86,7 +86,8 @@ def check(row: object, where: str, needed: tuple[str, ...], what: str, give: str
 def read_generations(path: str | Path) -> list[dict]:
     """Rows that eval.py (or train.py's evaluation) stored; ValueError names the line that is not one, or a sample that is there already."""
     if not Path(path).is_file():
-        raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)")
+        inside = Path(path) / "eval_after.jsonl"
+        raise ValueError(f"no generations at {path}: give a file that eval.py wrote (--out)" + f", or {inside}" * inside.is_file())
     rows, seen = read_jsonl(path), {}
     for where, row in rows:
         check(row, where, EVALUATED, "generation", "a file that eval.py wrote (--out)")
@@ -174,4 +175,5 @@ def show(row: dict, color: bool = False) -> str:
         parts += [f"advantage {row['advantage']:+.2f}", "stopped by itself" if row["stop"] == "stop" else "cut off at the limit", f"{row['length']} tokens"]
         return "\n".join([*lines, plain("  " + ", ".join(parts) + (f", gold answer {row['gold']}" if "gold" in row else ""))])
     verdict = {True: "right", False: "wrong", None: "not graded"}[row["correct"]]
-    return "\n".join([*lines, plain(f"  structure reward {row['structure']}{why}, true {row['true_structure']}, answer {row.get('answer')} ({verdict})")])
+    reward, true = (None if row[name] is None else f"{row[name]:.2f}" for name in ("structure", "true_structure"))
+    return "\n".join([*lines, plain(f"  structure reward {reward or 'unscored'}{why}{f', true {true}' if true else ''}, answer {row.get('answer')} ({verdict})")])

@@ -2,7 +2,7 @@
 GRPO: rewards of a group of completions -> advantages -> a clipped policy loss. Pure functions of tensors, nothing else.
 
     A_i      = (r_i - mean r) / std r            over the scored rows of row i's group; scale="none" does not divide
-    ratio_it = exp(logp_it - old_logp_it)        level="token";  level="sequence" (GSPO): exp of the row's mean over t
+    ratio_it = exp(logp_it - old_logp_it)        old: before the first update on these rollouts; level="token";  level="sequence" (GSPO): exp of the row's mean over t
     term_it  = -min(ratio_it A_i, clip(ratio_it, 1 - clip_low, 1 + clip_high) A_i)
     loss     = sum_it mask_it (term_it + beta kl_it) / denominator_i
 

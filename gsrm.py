@@ -9,7 +9,7 @@ Student steps s_1..s_n against one teacher trace t_1..t_m. For i = 1 .. min(n, m
 With K teacher traces R = max over traces: any branch that the teacher has shown may be followed.
 
 A reward is a number or None, "could not be scored": never 0, but left out of the group and the loss. Student text is untrusted: step tags, special tokens and our delimiters
-in it are defused, and it is cut to a length. Behind `generate` and `judge` may be any callables on prompts: a checkpoint in this process (rollout.TextModel), an endpoint, a rule.
+in it are defused, and it is cut to a length. `generate` takes prompts, `judge` triples (`judge_by` makes it of any p_yes on prompts): of a checkpoint, an endpoint, a rule.
 
     python gsrm.py eval toy --gsrm toy/gsrm --truth toy:read                                      # its own report card (card.py)
     python gsrm.py annotate toy --url http://127.0.0.1:8000/v1 --model NAME --out out/pairs.jsonl    # its training pairs, written by a larger model (endpoint.py)
@@ -144,8 +144,8 @@ class Walk:
 
 def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step] | None]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
     """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i first, then `query` and
-    `answer` of those still on a branch; each distinct pair is asked once. What failed (None: a judgement, or a teacher structure that could not be asked for) makes
-    the score None unless it could not have changed it (a structure: unless it is a normalised 1). A student without steps earns 0; without teacher steps: None.
+    `answer` of those still on a branch; each distinct pair is asked once. A judgement that failed (None) makes the score None, unless no verdict could have raised it; so does
+    a teacher structure that could not be asked for, unless another trace earns a normalised 1. A student without steps earns 0; without teacher steps: None.
     stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
     walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace or ())], len(trace or ())) for trace in traces]
              for student, traces in zip(students, teachers, strict=True)]
@@ -177,7 +177,7 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: b
     scale = {k: w.size if normalize else 1 for k, w in walks.items()}
     values = {k: sum(w.credits) / scale[k] for k, w in walks.items()}
     top = max(walks, key=lambda k: (values[k], walks[k].followed), default=None)
-    if not walks or outage and student and not (normalize and values[top] == 1):        # scored by the others alone, who follows that one would be punished for the outage
+    if not walks or outage and student and not (normalize and values[top] == 1):        # by the others alone, a student that follows the missing one would be punished
         return Score(None, structure=student, reason="a teacher trace could not be asked" if outage else "no teacher steps")
     if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")

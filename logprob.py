@@ -4,7 +4,7 @@ RL needs log p(token) of every sampled token, but the head's logits are (N, V) w
 Here a tile of logits lives in registers, in float32, is reduced at once and forgotten. Letters: N rows (tokens), D hidden, V vocabulary, T temperature;
 z = hidden @ weight.T / T, p = softmax(z), y = target; F = one (N, D) x (D, V) matmul.
 
-    anchor   c near z_y, a row dot made beforehand: sums over the vocabulary need no running maximum and no rescaling, partial sums just add
+    anchor   c near z_y (d = (z - c) / ln 2, so 2^d = e^(z - c)), a row dot made beforehand: sums over the vocabulary need no running maximum and no rescaling, they just add
     forward  S = sum_v e^(z_v - c),  B = sum_v e^(z_v - c) (z_v - c);    logp = z_y - c - log S,  entropy = log S - B/S
     mode A   linear_logprob, any loss outside: backward makes dz again by vocabulary chunks (4 F), for a = dloss/dlogp, e = dloss/dentropy,
                  dz_v = a (1[v=y] - p_v) - e p_v (entropy + log p_v);    dX = dz W / T,  dW = dz^T X / T

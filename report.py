@@ -57,7 +57,7 @@ def log_line(metrics: dict) -> dict:
 def screen_line(m: dict[str, float], steps: int, beta: float) -> str:
     """A training step on one line."""
     parts = [f"step {m['step']:4d}/{steps}", f"reward {m['reward']:.3f}"]
-    parts += [f"{name} {m[f'rewards/{name}/mean']:.3f}" for name in ("structure", "outcome", "format") if f"rewards/{name}/mean" in m]
+    parts += [f"{name} {m[f'rewards/{name}/mean']:.3f}" for name in (key.split("/")[1] for key in m if key.startswith("rewards/") and key.endswith("/mean"))]
     parts += [f"length {m['completions/mean_length']:.0f}", f"cut off {m['completions/clipped_ratio']:.0%}", f"kl {m['kl']:.4f}" if beta else "", f"entropy {m['entropy']:.2f}"]
     parts += [f"grad {m['grad_norm']:.2f}", f"{m['step_time']:.2f} s (sample {m['time/sampling']:.2f} score {m['time/scoring']:.2f} update {m['time/update']:.2f})"]
     if m["unscored"]:
@@ -126,9 +126,9 @@ def print_table(columns: dict[str, dict[str, tuple]], errors: bool = False) -> N
     def cell(mean: float, low: float, high: float, error: float = 0.0) -> str:
         return number(mean) + ((f" +- {number(error)}" if errors else "") + f"  [{number(low)}, {number(high)}]" if low != high else "")
     width = max(*map(len, columns), 34 if errors else 24) + 2
-    print(" " * 28 + "".join(f"{name:>{width}}" for name in columns))
+    print(f"{'mean +- std. error [95 %]' if errors else '':<28}" + "".join(f"{name:>{width}}" for name in columns))
     for metric in dict.fromkeys(m for column in columns.values() for m in column):
-        print(f"{metric:<28}" + "".join(f"{cell(*c[metric]) if metric in c else '-':>{width}}" for c in columns.values()))
+        print(f"{metric:<28}" + "".join(f"{'-' if metric not in c else f'{c[metric][0]:.0f}' if metric == 'ungraded' else cell(*c[metric]):>{width}}" for c in columns.values()))
 
 
 def answers_right(row: dict) -> list[bool | None]:
@@ -160,7 +160,8 @@ def print_structure(rows: list[dict]) -> None:
     figures, steps = structure_report(rows)
     never, empty = sum(r["left_at"] is None and bool(r["steps"]) for r in scored), sum(not r["steps"] for r in scored)
     without = len(rows) - len(scored) - failed.total()
-    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + f", {without} without" * bool(without) + f"\n{why}" * bool(failed))
+    print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + f", {without} without" * bool(without)
+          + ": mean +- standard error [95 % interval]" + f"\n{why}" * bool(failed))
     for name, (mean, low, high, error) in figures.items():
         print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
@@ -264,5 +265,6 @@ def print_end(out: Path) -> None:
             print(f"(of the {len(both)} completions, greedy ones too, that were made both before and after: --eval_problems or --eval_k was another one then)")
         print_table(columns)
         shown = max(sampled, key=lambda r: (bool(r["correct"]), -abs((r["structure"] or 0) - 0.7)))           # right, and on the branch for most of its way: both marks to be seen
-        print(f"\none rollout after training, its steps as GSRM reads them (+ follows the teacher, ~ half right, x off the branch)\n{show(shown)}")
+        legend = ", its steps as GSRM reads them (+ follows the teacher, ~ half right or less, x earns nothing: off the branch, or behind the teacher's last step)"
+        print(f"\none rollout after training{legend * bool(shown['steps'])}\n{show(shown)}")
     print(f"\nwrote {', '.join(sorted(str(p) for p in out.iterdir()))}")

@@ -1,6 +1,7 @@
 """What a completion is worth: structure (GSRM), outcome (grading), format; and how that becomes the advantage of a row over the others of its group.
 
-    reward = w_structure * structure + w_outcome * outcome + w_format * format           each a number, or None = could not be scored
+    gdpo (the default)    advantage = sum of the weights times each reward against the others of its group
+    sum (the paper's)     advantage = the weighted sum of the rewards against the others of its group           a reward is a number, or None = could not be scored
 
 Add a reward of your own in `score` (a list with a number or None per row) and its weight in `reward_weights`; or give one in the place of GSRM's by
 --structure_reward module:function, as `line_similarity` is one. None never becomes 0: the row is left out of its group and of the loss, and is counted.

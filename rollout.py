@@ -1,7 +1,7 @@
 """Rollouts: prompts in, sampled completions out, with the log-prob of every token under the distribution that it was drawn from.
 
 One prefill per prompt, its KV cache repeated G times, one decoding loop over all rows (decode.py), finished rows leave the batch. The sampler uses the very
-module that is being trained: no server, no second copy of the weights, nothing to synchronise.
+module that is being trained: no server, nothing to synchronise, no second copy of the weights (but where they are sharded, offloaded, or masters of bfloat16: parallel.gathered).
 
     u ~ U[0,1) from (seed, prompt index, sample index, t)        token_t = min{v : cdf_t(v) > u}        logp_t = log p_t(token_t)
 

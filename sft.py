@@ -247,7 +247,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
               "keep": (c.keep == "last" or c.eval_data or c.eval_share, "needs held-out pairs: add --eval_data FILE, or --eval_share 0.05")}
     for name, (fine, wanted) in checks.items():
         if not fine:
-            parser.error(f"--{name} {getattr(c, name)!r}: {wanted}")
+            parser.error(f"--{name} {getattr(c, name)!r}: {wanted}" if getattr(c, name) else f"--{name} is needed: {wanted}")
     return c
 
 

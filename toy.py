@@ -4,10 +4,9 @@ People hold numbers. Each person's number is given, or is the sum (mod 10) of tw
 
     We know: Fay has 0. Dee has 6. Gus has Eli plus Fay. Ann has Gus plus Dee. Ivy has 4. Eli has 4. How many has Ann?
 
-The teacher goes top-down: start at the question, look up what is needed, go into the first unknown part, come back and add. Taking the second part
-first is just as good: that is its second trace, a real branch. A step is one hop: meta = whom it serves, query = whom we look up or add, answer = what
-was found. The student (the "novice") knows the same facts in other words and wanders: with a probability drawn per trace it looks up just anybody
-it has not yet; its steps are few, and when they run out it guesses. Looking up and adding it knows; *choosing* is what RLKD has to teach it.
+The teacher goes top-down: start at the question, look up what is needed, go into the first unknown part, come back and add. Taking the second part first is just as good: that is
+its second trace, a real branch. A step is one hop: meta = whom it serves, query = whom we look up or add, answer = what was found. The student (the "novice") knows the same facts
+in other words and wanders: with a probability drawn per trace it looks up anybody; its steps are few, and when they run out it guesses. *Choosing* is what RLKD has to teach it.
 
     python toy.py                          # problems, tokenizer, student, GSRM, judge -> toy/ (log in toy/make.log)
     python toy.py problems --people 9 --needed 4 6 --count 256 --seed 1 --out dense.jsonl
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from command import Parser, at_least, ending
+from command import Parser, at_least, ending, folder
 from data import Problem, TiktokenTokenizer, append_jsonl, chat_ids, join_completion, load_model, problem_ids, read_jsonl, save_model, split_completion, write_jsonl
 from gsrm import KINDS, Step, decompose_prompt, format_steps, judge_prompt, structure_rewards
 from rollout import Sampler, TextModel
@@ -324,16 +323,17 @@ def main() -> None:
     more.add_argument("--wording", choices=tuple(FACTS), default="plain")
     more.add_argument("--voice", choices=tuple(VOICES), default="teacher", help="that the teacher's traces are told in")
     more.add_argument("--append", action="store_true", help="behind the problems that --out holds already")
-    more.add_argument("--out", required=True)
+    more.add_argument("--out", required=True, help="JSONL file to write, in another folder than toy/")
     if (args := parser.parse_args()).command == "problems":
         with ending():
             rows = [asdict(p) for p in make_problems(args.seed, args.count, args.people, tuple(args.needed), args.wording, args.voice)]
+            if Path(args.out).resolve().parent == FOLDER.resolve():
+                raise ValueError(f"--out {args.out}: in toy/ lies what ships: choose another folder")
             there = {row.get("id") for _, row in read_jsonl(args.out) if isinstance(row, dict)} if args.append and Path(args.out).exists() else set()
             if twice := next((row["id"] for row in rows if row["id"] in there), ""):
                 raise ValueError(f"{args.out} holds a problem {twice} already, and ids must be unique: choose another --seed than {args.seed}")
             return (append_jsonl if args.append else write_jsonl)(args.out, rows)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "make.log").unlink(missing_ok=True)
+    (folder(FOLDER) / "make.log").unlink(missing_ok=True)
     started = time.time()
     log(f"python toy.py with torch {torch.__version__}, {torch.get_num_threads()} threads")
     for seed, split in ((1, "train"), (2, "test")):

@@ -1,8 +1,8 @@
 """RLKD: reinforcement learning on following the teacher's reasoning structure (arXiv 2505.16142).
 
     repeat:  sample G completions for each of P problems                                      rollout.py
-             reward = w_s * structure (GSRM) + w_o * outcome + w_f * format                   reward.py: gsrm.py, grade.py
-             advantage = reward against the others of its group                               grpo.py
+             rewards: structure (GSRM), outcome, format                                       reward.py: gsrm.py, grade.py
+             advantage = each against the others of its group, then added up by weight        grpo.py
              one step up the clipped policy gradient, held near the start by beta * KL        update.py: grpo.py, logprob.py
 
     python train.py                                              # the toy: 4 minutes on two CPU cores
@@ -11,8 +11,8 @@
     python train.py --preset qwen1.5b --dry_run                  # settings, batch, estimated memory and time; nothing is loaded or written (plan.py)
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
 
-A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), curve.png, run.json
-(settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
+A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), eval_before.jsonl,
+eval_after.jsonl, curve.png, run.json (settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
 """
 import importlib.util
 import math
@@ -68,7 +68,7 @@ class Config:
     normalize: bool = flag(True, "structure reward divided by the teacher's number of steps; False: the authors' raw sum")
     stop_at_divergence: bool = flag(True, "structure reward ends where the student leaves the teacher's branch; False: counts every later step that agrees again")
     max_teachers: int = flag(0, "use only the first so many teacher traces of a problem (0: all)", "[0, inf)")
-    steps: int = flag(500, "optimiser steps (each on fresh rollouts, times updates_per_batch)", "[1, inf)")
+    steps: int = flag(500, "batches of fresh rollouts; each is followed by updates_per_batch optimiser steps", "[1, inf)")
     problems_per_step: int = flag(16, "P, problems per step over all processes", "[1, inf)")
     group_size: int = flag(8, "G, completions per problem; one alone has nothing to be compared with", "[2, inf)")
     max_new_tokens: int = flag(4096, "completion budget in tokens", "[1, inf)")
@@ -103,10 +103,10 @@ class Config:
     gradient_checkpointing: bool = flag(False, "recompute each layer in the backward pass instead of holding its activations")
     offload: bool = flag(False, "the student's masters, gradients and moments rest in CPU memory (for cards of 24-40 GB; slower)")
     lora_rank: int = flag(0, "train adapters of this rank beside the frozen weights (pip install peft; wants a higher --lr); 0: full fine-tuning", "[0, inf)")
-    lora_alpha: int = flag(32, "adapters count alpha / rank", "[1, inf)")
+    lora_alpha: int = flag(32, "adapters are scaled by alpha / rank", "[1, inf)")
     lora_targets: str = flag("all-linear", "layers with adapters: all-linear, or names such as q_proj,v_proj; never the head")
     reward_timeout: float = flag(1800.0, "seconds that processes wait for one another's rewards", "[1, inf)")
-    max_faults: int = flag(3, "steps in a row, not finite: back to the last good checkpoint once (of broken weights at once), then the end; or without any score", "[1, inf)")
+    max_faults: int = flag(3, "steps in a row that are not finite: back to the last good checkpoint (broken weights: at once), then the end; or without a score", "[1, inf)")
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
     warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
     warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
@@ -313,7 +313,6 @@ def main(config: Config) -> None:
         start, passed = start_folder(out, record, config.resume)
         say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
         say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default)
-            + "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy" and not (Path(config.model) / "tiktoken.json").is_file())
             + f"\n{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
         run = set_up(config, out)
         plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
@@ -324,7 +323,8 @@ def main(config: Config) -> None:
             write_record(out / "run.json", record)
         total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
         say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)
-            + f", going on from {start}" * bool(start), flush=True)
+            + f", going on from {start}" * bool(start) + "\n(settings and GSRM are the embedded world's: for a model or problems of your own --preset qwen1.5b, or none)"
+            * (config.preset == "toy" and (not (Path(config.model) / "tiktoken.json").is_file() or any(p.domain != "toy" for p in run.problems))), flush=True)
         if state["step"] == 0 and run.held_out:
             say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
             say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)

@@ -54,7 +54,8 @@ def test_the_table_says_error_and_interval(capsys):
     report.print_table({"m": {"mean@2": report.Interval(0.5, 0.25, 0.75, 0.125), "length": report.Interval(123.4, 100.0, 150.0, 12.0),
                               "ungraded": report.Interval(3, 3, 3)}}, errors=True)
     lines = capsys.readouterr().out.splitlines()
-    assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2] and lines[3].split() == ["ungraded", "3.000"]
+    assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2]
+    assert lines[3].split() == ["ungraded", "3"] and lines[0].startswith("mean +- std. error [95 %]")
 
 # ------------------------------------------------------------------------------------------------ structure
 
@@ -132,7 +133,8 @@ def test_what_failed_is_counted_by_its_reason(capsys):
     failed = [row("q", True, sample=s, reason=reason) for s, reason in enumerate(why)]
     report.print_structure([*bare, *failed, row("r", True, structure=1.0, steps=[["m", "q", "a", 1.0]], choices=[True], reason=None)])
     said = capsys.readouterr().out
-    assert "structure of 1 samples of 1 problems with teacher traces, 2 without\n3 samples could not be scored: not decomposed 2, a judgement failed 1 (the same" in said
+    assert ("structure of 1 samples of 1 problems with teacher traces, 2 without: mean +- standard error [95 % interval]\n"
+            "3 samples could not be scored: not decomposed 2, a judgement failed 1 (the same") in said
     report.print_structure([*bare, *failed])
     assert "structure: 3 samples could not be scored: not decomposed 2" in (said := capsys.readouterr().out) and "no problem has" not in said
     report.print_structure(bare)

@@ -772,7 +772,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(capsys: pytest.Ca
     (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"), (["--out", "m"], "--out 'm': a folder, another one than --model"),
     (["--eval_share", "0.1", "--eval_data", "x"], "--eval_share 0.1: not --eval_data too"), (["--batch_size", "0"], "'0' is not a whole number of 1 or more"),
     (["--eval_share", "1"], "'1' is not a finite number in [0, 1)"), (["--warmup", "1.1"], "'1.1' is not a finite number in [0, 1]"),
-    (["--model", ""], "--model '': checkpoint folder or hub name to start from"), (["--epochs", "two"], "--epochs: 'two' is not a finite number"),
+    (["--model", ""], "--model is needed: checkpoint folder or hub name to start from"), (["--epochs", "two"], "--epochs: 'two' is not a finite number"),
 ])
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
