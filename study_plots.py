@@ -59,7 +59,8 @@ def draw_data(runs: Runs, path: Path) -> None:
     def draw(axes, regime: str, name: str) -> bool:
         sft, rlkd = {n: f"sft {n}" for n in (32, 128, 512, 2048, 8192)}, {n: f"rlkd, {n} problems" for n in (8, 32, 128)} | {512: "rlkd"}
         own = {n: f"sft {n}, own words" for n in (32, 128, 512)}
-        for label, color, arms in (("SFT", COLORS["sft 512"], sft), ("SFT in the student's own words", COLORS[own[512]], own), ("RLKD", COLORS["rlkd"], rlkd)):
+        kinds = {"SFT in the teacher's words": (COLORS["sft 512"], sft), "SFT in the student's own words": (COLORS[own[512]], own), "RLKD": (COLORS["rlkd"], rlkd)}
+        for label, (color, arms) in kinds.items():
             if there := [n for n, arm in arms.items() if (regime, arm) in runs]:
                 band(axes, there, [values(runs, regime, arms[n], name) for n in there], color, label)
         for arm, line, width, label in (("grpo", "--", 1.5, "grpo, 512 problems"), ("base", ":", 3, "base")):         # dots on the dashes, where they are alike
