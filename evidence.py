@@ -28,7 +28,7 @@ CLAIMS = (   # what the paper reports or says, arm, against, figure
     ("... also where it comes after SFT", "sft 512 -> rlkd", "sft 512", "structure"),
 )
 BEYOND = (   # what we asked besides, or added
-    ("From the base, RLKD beats GRPO", "rlkd", "grpo", "sampled"),
+    ("From the base, RLKD beats GRPO (both at the preset's weights)", "rlkd", "grpo", "sampled"),
     ("... without guesses", "rlkd", "grpo", "found@1"),
     ("... and with one greedy answer", "rlkd", "grpo", "greedy"),
     ("... and at pass@64 without guesses", "rlkd", "grpo", "found@64"),
@@ -38,7 +38,8 @@ BEYOND = (   # what we asked besides, or added
     ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
     ("GRPO finds more different walks than RLKD", "grpo", "rlkd", "paths"),
     ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", "grpo, outcome alone, weight 1", "sampled"),
-    ("... and that GRPO beats the one at the preset's weights", "grpo, outcome alone, weight 1", "grpo", "sampled"),
+    ("... and without guesses", "rlkd", "grpo, outcome alone, weight 1", "found@1"),
+    ("That GRPO beats the one at the preset's weights", "grpo, outcome alone, weight 1", "grpo", "sampled"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
@@ -152,7 +153,10 @@ def levels_table(runs: Runs, levels: dict[str, str]) -> str:
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampled, no guesses", "found@64": "pass@64, no guesses", "structure": "true structure",
            "choice": "choice", "answer": "answer on the branch", "sums": "sums right", "paths": "walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
-QUOTES = (("RLKD - GRPO where outcomes are sparse", "sparse", "rlkd", "grpo"), ("RLKD - GRPO where they are dense", "dense", "rlkd", "grpo"),
+ALONE = "grpo, outcome alone, weight 1"
+QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights", "sparse", "rlkd", "grpo"),
+          ("RLKD - GRPO on the outcome alone at weight 1, sparse", "sparse", "rlkd", ALONE),
+          ("RLKD - GRPO where outcomes are dense, at the preset's weights", "dense", "rlkd", "grpo"),
           ("RLKD - SFT on the same 512 problems in the teacher's words, sparse", "sparse", "rlkd", "sft 512"),
           ("RLKD - SFT on the same walks told in the student's own words, sparse", "sparse", "rlkd", "sft 512, own words"))            # of the README
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
@@ -186,7 +190,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     beside = [f"{regime}-{kind}" for regime in ("sparse", "dense") for kind in ("gains", "rewards")]
     made["study-chance"] = (f"* {intervals('claims', 'beyond')} verdicts below have an interval: if nothing differed at all, one in twenty would leave 0 out all the same. "
                             f"The tables hold {intervals(*beside)} differences more. An interval that only just leaves it out is weak evidence.")
-    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", "rlkd"],
+    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", ALONE, "rlkd", "sft 512, own words -> rlkd"],
                                      named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made
 
