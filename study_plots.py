@@ -13,7 +13,7 @@ from measures import Runs, gains, gap, values
 from plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pictures
 
 COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": SKY, "structure only": GREEN, "sft 512": PURPLE, "sft 8192": ORANGE,
-          "grpo, outcome alone, weight 1": "#b03060", "sft 512, own words": "#999933", "sft 512 -> grpo": "#8c564b", "sft 512 -> rlkd": "#000000"}
+          "sft 512, own words": "#999933", "sft 512 -> grpo": "#8c564b", "sft 512 -> rlkd": "#000000"}
 READ = {"rlkd": BLUE, "structure only": GREEN, "rlkd, 8 problems": ORANGE, "rlkd, 32 problems": SKY, "rlkd, 128 problems": PURPLE, "sft 512 -> rlkd": "#000000"}   # by GSRM
 LEVELS = {"5-people": "2-3 of 5", "7-people": "3-4 of 7", "dense": "4-6 of 9", "sparse": "7-8 of 11", "13-people": "9-10 of 13"}
 
