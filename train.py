@@ -313,6 +313,7 @@ def main(config: Config) -> None:
         start, passed = start_folder(out, record, config.resume)
         say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
         say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default)
+            + (hint := "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy")) * (own := not Path(config.model, "tiktoken.json").is_file())
             + f"\n{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
         run = set_up(config, out)
         plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
@@ -323,8 +324,7 @@ def main(config: Config) -> None:
             write_record(out / "run.json", record)
         total, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (run.model.parameters(), run.optimizer.param_groups[0]["params"]))
         say(f"{len(run.problems)} problems, student {total:.2f}M parameters" + f", {trained:.2f}M trained" * (trained < total)
-            + f", going on from {start}" * bool(start) + "\n(settings and GSRM are the embedded world's: for a model or problems of your own --preset qwen1.5b, or none)"
-            * (config.preset == "toy" and (not (Path(config.model) / "tiktoken.json").is_file() or any(p.domain != "toy" for p in run.problems))), flush=True)
+            + f", going on from {start}" * bool(start) + hint.replace("another model", "other problems") * (not own and any(p.domain != "toy" for p in run.problems)), flush=True)
         if state["step"] == 0 and run.held_out:
             say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
             say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)

@@ -154,4 +154,4 @@ def test_steps_are_counted_where_only_some_lines_have_one(tmp_path):
 def test_why_there_is_no_reward_is_shown():
     assert "structure unscored (not decomposed), outcome unscored" in show(rollout(1, "p", 0, 0.5, rewards={"structure": None, "outcome": None}, reason="not decomposed"))
     assert "structure reward unscored (a judgement failed), answer None" in show(row("p", True, reason="a judgement failed"))
-    assert "structure reward 0.5, true None" in show(row("p", True, structure=0.5, reason=None))
+    assert "structure reward 0.50, answer None" in show(row("p", True, structure=0.5, reason=None))
