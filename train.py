@@ -313,7 +313,7 @@ def main(config: Config) -> None:
         start, passed = start_folder(out, record, config.resume)
         say("".join(f"passed over {why}\n" for why in passed), end="", flush=True)
         say("settings that differ from the defaults (all: run.json): " + " ".join(f"--{f.name} {value}" for f in fields(config) if (value := getattr(config, f.name)) != f.default)
-            + (hint := "\n(the embedded world's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy")) * (own := not Path(config.model, "tiktoken.json").is_file())
+            + (hint := "\n(the toy's: for another model --preset qwen1.5b, or none)" * (config.preset == "toy")) * (own := not Path(config.model, "tiktoken.json").is_file())
             + f"\n{config.problems_per_step} problems x {config.group_size} samples a step, {config.steps} steps, {world()} processes", flush=True)
         run = set_up(config, out)
         plan.check_room(run.tokenizer, [*run.problems, *run.held_out], config.instruction, config.max_new_tokens, run.sampler.max_positions)
