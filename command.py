@@ -104,8 +104,10 @@ def picture_file(text: str) -> Path:
     """A type for add_argument: where a picture goes, with the .png that matplotlib adds where there is no ending; a folder is refused."""
     if (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file for the picture, such as {path / 'curve.png'}")
-    if path.suffix not in ("", *PICTURES) or not path.parent.exists():
-        raise argparse.ArgumentTypeError(f"{path}: {'no such folder' if path.suffix in ('', *PICTURES) else 'a picture ends in ' + ', '.join(PICTURES)}")
+    if path.suffix not in ("", *PICTURES):
+        raise argparse.ArgumentTypeError(f"{path}: a picture ends in {', '.join(PICTURES)}")
+    if not path.parent.exists():
+        raise argparse.ArgumentTypeError(f"{path}: no such folder")
     return path if path.suffix else path.with_name(path.name + ".png")
 
 

@@ -19,6 +19,7 @@ from measures import Runs, gains, gap, gathered, values
 from study_plots import LEVELS, PICTURES, READ
 
 DIGITS, CLOSE = {"length": 0, "paths": 1}, 0.05
+ALONE = "grpo, outcome alone, weight 1"                   # the arm of study.py whose outcome reward is at full weight
 CLAIMS = (   # what the paper reports or says, arm, against, figure
     ("RLKD beats GRPO after SFT (paper: AIME24 pass@1, of a distilled student)", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
     ("... and at pass@64 (paper: the same student; here guesses do not count)", "sft 512 -> rlkd", "sft 512 -> grpo", "found@64"),
@@ -37,9 +38,9 @@ BEYOND = (   # what we asked besides, or added
     ("RLKD follows the teacher's structure more than GRPO does", "rlkd", "grpo", "structure"),
     ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
     ("GRPO finds more different walks than RLKD", "grpo", "rlkd", "paths"),
-    ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", "grpo, outcome alone, weight 1", "sampled"),
-    ("... and without guesses", "rlkd", "grpo, outcome alone, weight 1", "found@1"),
-    ("That GRPO beats the one at the preset's weights", "grpo, outcome alone, weight 1", "grpo", "sampled"),
+    ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", ALONE, "sampled"),
+    ("... and without guesses", "rlkd", ALONE, "found@1"),
+    ("That GRPO beats the one at the preset's weights", ALONE, "grpo", "sampled"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
@@ -153,7 +154,6 @@ def levels_table(runs: Runs, levels: dict[str, str]) -> str:
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampled, no guesses", "found@64": "pass@64, no guesses", "structure": "true structure",
            "choice": "choice", "answer": "answer on the branch", "sums": "sums right", "paths": "walks", "length": "length"}
 ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
-ALONE = "grpo, outcome alone, weight 1"
 QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights", "sparse", "rlkd", "grpo"),
           ("RLKD - GRPO on the outcome alone at weight 1, sparse", "sparse", "rlkd", ALONE),
           ("RLKD - GRPO where outcomes are dense, at the preset's weights", "dense", "rlkd", "grpo"),

@@ -123,6 +123,7 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
     used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
+    old = rollout.logp if old_logp is None else old_logp
     total = 0.0 if rollout.logp.isfinite().all() else math.nan                          # a broken student's groups may be spread-less: no loss below would tell
     sums = {"entropy": float(rollout.entropy[mask].sum()), "all": float(mask.sum())} | ({"teacher_kl": 0.0} if teacher else {})
 
@@ -133,7 +134,6 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     for piece in even(micro_batches([len(prompts[n]) + int(rollout.lengths[n]) for n in used], config.max_tokens)):
         rows = [used[i] for i in piece] or [0]
         valid, repeat = rollout.mask[rows], lambda x, rows=rows: x[rows].to(rollout.logp.device).repeat_interleave(rollout.lengths[rows])
-        old = rollout.logp if old_logp is None else old_logp
         per_token = {"old_logp": old[rows][valid], "sampler_logp": rollout.logp[rows][valid], "advantages": repeat(adv), "denominator": repeat(denom)}
         if ref_logp is not None:
             per_token["ref_logp"] = ref_logp[rows][valid]
