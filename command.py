@@ -119,9 +119,9 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def decoded(line: bytes, where: object) -> object:
-    """What a line, or a file, of JSON in UTF-8 says; ValueError names the place `where` it is none."""
+    """What a line, or a file, of JSON in UTF-8 says, with or without an editor's byte order mark; ValueError names the place `where` it is none."""
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(line.decode("utf-8").removeprefix("\ufeff"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         table = str(where).rpartition(":")[0].endswith((".csv", ".tsv"))

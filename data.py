@@ -74,7 +74,7 @@ def check_record(record: object, where: str) -> Problem:
 def read_jsonl(path: str | Path, bad: list[str] | None = None) -> list[tuple[str, object]]:
     """[(place, decoded line)] of a JSONL file; blank lines are passed over. A line that is not JSON in UTF-8 is a ValueError naming file and line, or goes to `bad`."""
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):          # not splitlines: U+2028 is no line end in JSON
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):          # not splitlines: U+2028 is no line end in JSON
         if line.strip():
             try:
                 rows.append((where := f"{path}:{number}", decoded(line, where)))

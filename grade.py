@@ -297,5 +297,5 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 10000, seed: i
     rng = np.random.default_rng(seed)
     means = np.array([gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)])
     low, high = np.quantile(means, [0.025, 0.975])
-    tail = min((means <= 0).sum(), (means >= 0).sum())                   # so p < 0.05 where the interval leaves 0 out
+    tail = min((means <= 1e-12).sum(), (means >= -1e-12).sum())          # 0 but for rounding is on both sides; p < 0.05 where the interval leaves 0 out
     return {"diff": float(gain.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (tail + 1) / (samples + 1)))}

@@ -62,7 +62,7 @@ def forward_kernel(X, W, Y, Anchor, Hit, Part, E, N, size, scale, D: tl.constexp
     at = Part + v.to(tl.int64) * N + rows
     tl.store(at, offset, rows < N)
     tl.store(at + size, total, rows < N)
-    tl.store(at + 2 * size, first, rows < N)
+    tl.store(at + size + size, first, rows < N)                                    # not 2 * size: 32 bits do not hold that of half a million rows
 
 
 @kernel
@@ -77,7 +77,7 @@ def merge_kernel(Part, Lse, Mean, N, size, tiles: tl.constexpr, BT: tl.constexpr
         higher = tl.maximum(top, tl.max(offset, 0))
         old, new = tl.exp2(top - higher), tl.exp2(offset - higher[None, :])
         total = total * old + tl.sum(tl.load(at + size, ok, other=0.0) * new, 0)
-        first = first * old + tl.sum(tl.load(at + 2 * size, ok, other=0.0) * new, 0)
+        first = first * old + tl.sum(tl.load(at + size + size, ok, other=0.0) * new, 0)
         top = higher
     tl.store(Lse + n, top + tl.log2(total), n < N)
     tl.store(Mean + n, first / total, n < N)
@@ -107,7 +107,7 @@ def kl_kernel(X, W, X2, W2, Part, Part2, N, size, scale, D: tl.constexpr, D2: tl
     e, at = tl.exp2(z - top[:, None]), v.to(tl.int64) * N + rows
     tl.store(Part + at, top, rows < N)
     tl.store(Part + at + size, tl.sum(e, 1), rows < N)
-    tl.store(Part + at + 2 * size, tl.sum(e * (z - t), 1), rows < N)
+    tl.store(Part + at + size + size, tl.sum(e * (z - t), 1), rows < N)
     tl.store(Part2 + at, top2, rows < N)
     tl.store(Part2 + at + size, tl.sum(tl.exp2(t - top2[:, None]), 1), rows < N)
 

@@ -124,7 +124,8 @@ def print_table(columns: dict[str, dict[str, tuple]], errors: bool = False) -> N
     """One row a metric, one column a model: mean and 95 % interval, with `errors` one more digit and the standard error."""
     number = lambda x: f"{x:.{2 if not errors else 3 if abs(x) < 10 else 1}f}"
     def cell(mean: float, low: float, high: float, error: float = 0.0) -> str:
-        return number(mean) + ((f" +- {number(error)}" if errors else "") + f"  [{number(low)}, {number(high)}]" if low != high else "")
+        known = low != high and math.isfinite(error)                                  # one problem has no interval
+        return number(mean) + ((f" +- {number(error)}" if errors else "") + f"  [{number(low)}, {number(high)}]" if known else "")
     width = max(*map(len, columns), 34 if errors else 24) + 2
     print(f"{'mean +- std. error [95 %]' if errors else '':<28}" + "".join(f"{name:>{width}}" for name in columns))
     for metric in dict.fromkeys(m for column in columns.values() for m in column):
@@ -163,7 +164,7 @@ def print_structure(rows: list[dict]) -> None:
     print(f"\nstructure of {len(scored)} samples of {len(by_problem(scored))} problems with teacher traces" + f", {without} without" * bool(without)
           + ": mean +- standard error [95 % interval]" + f"\n{why}" * bool(failed))
     for name, (mean, low, high, error) in figures.items():
-        print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f} +- {error:.3f}  [{low:.3f}, {high:.3f}]"))                # "-": no step was judged
+        print(f"{name:<32}" + ("-" if math.isnan(mean) else f"{mean:.3f}" + f" +- {error:.3f}  [{low:.3f}, {high:.3f}]" * math.isfinite(error)))          # "-": no step was judged
     print("\n step  judged  choice right  answer right  left every branch here")
     bar = lambda count: f"{count:7d} {count / len(scored):5.1%}  " + "#" * round(40 * count / len(scored))
     share = lambda value: "-" if math.isnan(value) else f"{value:.3f}"

@@ -60,6 +60,11 @@ def test_a_field_of_another_type_is_named_with_its_line(tmp_path, name, value):
             read(file)
 
 
+def test_a_byte_order_mark_is_passed_over_also_where_files_were_put_together(tmp_path):
+    (file := tmp_path / "rows.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + json.dumps(rollout(1, name, 0, 0.5)).encode() + b"\r\n" for name in "pq"))
+    assert read_generations(file) == rows_to_show(file, 1, None, None) == [rollout(1, name, 0, 0.5) for name in "pq"]
+
+
 def test_every_field_has_a_wrong_value_above():
     assert WRONG.keys() == FIELDS.keys()
 

@@ -589,6 +589,8 @@ def test_bootstrap_pairs_sides_and_repeats() -> None:
     wide = paired_bootstrap(better, rng.permutation(hard))
     assert wide["low"] < 0 < wide["high"]
     assert paired_bootstrap(hard, hard) == {"diff": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    tenths = np.array([1, 2, -3, 3])                                 # many resampled sums are 0, in tenths 0 but for rounding: a tie, which counts on both sides
+    assert paired_bootstrap(tenths / 10, 0 * tenths)["p"] == paired_bootstrap(tenths, 0 * tenths)["p"] > paired_bootstrap(tenths + 0.01, 0 * tenths)["p"]
 
 
 def test_bootstrap_false_alarm_rate() -> None:

@@ -57,6 +57,16 @@ def test_the_table_says_error_and_interval(capsys):
     assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2]
     assert lines[3].split() == ["ungraded", "3"] and lines[0].startswith("mean +- std. error [95 %]")
 
+
+def test_one_problem_has_figures_and_no_intervals(capsys):
+    scored_row = row("p", True, structure=0.5, steps=[["m", "q", "a", 1.0], ["m", "q", "a", 0.5]], choices=[True, False])
+    for errors in (False, True):
+        report.print_table({"m": report.summary([scored_row, scored_row | {"correct": False}])}, errors=errors)
+    report.print_structure([scored_row])
+    text = capsys.readouterr().out
+    assert re.search(r"^mean@2 +0\.50 *$", text, re.MULTILINE) and re.search(r"^mean@2 +0\.500 *$", text, re.MULTILINE)
+    assert re.search(r"^choice accuracy +0\.500$", text, re.MULTILINE) and "inf" not in text and "+-" not in text.replace("mean +-", "")
+
 # ------------------------------------------------------------------------------------------------ structure
 
 TEACHER = [Step(f"m{i}", f"q{i}", f"a{i}") for i in range(4)]
