@@ -4,7 +4,7 @@
     python study.py report --results out/study.jsonl            # another study -> out/study.md: the same page with its figures
 
 Interval: mean +- t(0.975, n-1) * sd / sqrt(n) over n seeds. Two arms are compared seed by seed, and a claim about them is supported (the interval of the difference lies
-on the claimed side of 0), not supported (on the other side), no difference above 0.05 (0 is in it, and it reaches no further), or undecided (0 is in it, and more).
+on the claimed side of 0), not supported, the opposite (on the other side), no difference above 0.05 (0 is in it, and it reaches no further), or undecided (0 is in it, and more).
 """
 import os
 import re
@@ -16,16 +16,15 @@ import numpy as np
 
 from grade import mean_interval
 from measures import Runs, gains, gap, gathered, values
-from study_plots import LEVELS, PICTURES, READ
+from study_plots import ALONE, LEVELS, PICTURES, READ
 
 DIGITS, CLOSE = {"length": 0, "paths": 1}, 0.05
-ALONE = "grpo, outcome alone, weight 1"                   # the arm of study.py whose outcome reward is at full weight
 CLAIMS = (   # what the paper reports or says, arm, against, figure
     ("RLKD beats GRPO after SFT (paper: AIME24 pass@1, of a distilled student)", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
     ("... and at pass@64 (paper: the same student; here guesses do not count)", "sft 512 -> rlkd", "sft 512 -> grpo", "found@64"),
-    ("RLKD without SFT beats SFT (paper: RLKD-Zero, AIME24 pass@1, against an Instruct model of other data)", "rlkd", "sft 512", "sampled"),
-    ("0.1 % of the data are enough, given a reward model: RLKD on 8 problems against SFT on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
-    ("RLKD follows the teacher's structure more than SFT does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
+    ("RLKD without SFT beats SFT in the teacher's words (paper: RLKD-Zero, AIME24 pass@1, against an Instruct model of other data)", "rlkd", "sft 512", "sampled"),
+    ("0.1 % of the data are enough, given a reward model: RLKD on 8 problems against SFT in the teacher's words on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
+    ("RLKD follows the teacher's structure more than SFT in the teacher's words does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
     ("... also where it comes after SFT", "sft 512 -> rlkd", "sft 512", "structure"),
 )
 BEYOND = (   # what we asked besides, or added
@@ -40,7 +39,7 @@ BEYOND = (   # what we asked besides, or added
     ("GRPO finds more different walks than RLKD", "grpo", "rlkd", "paths"),
     ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", ALONE, "sampled"),
     ("... and without guesses", "rlkd", ALONE, "found@1"),
-    ("That GRPO beats the one at the preset's weights", ALONE, "grpo", "sampled"),
+    ("GRPO on the outcome alone at weight 1 beats GRPO at the preset's weights", ALONE, "grpo", "sampled"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
@@ -50,14 +49,18 @@ BEYOND = (   # what we asked besides, or added
     ("SFT in the student's own words beats SFT in the teacher's", "sft 512, own words", "sft 512", "sampled"),
     ("RLKD from the base beats that SFT in its own words", "rlkd", "sft 512, own words", "sampled"),
     ("... and at pass@64 without guesses", "rlkd", "sft 512, own words", "found@64"),
+    ("... and on larger problems", "rlkd", "sft 512, own words", "larger"),
     ("RLKD after SFT in its own words improves on that student", "sft 512, own words -> rlkd", "sft 512, own words", "sampled"),
-    ("GRPO after it does", "sft 512, own words -> grpo", "sft 512, own words", "sampled"),
-    ("RLKD after it beats GRPO after it", "sft 512, own words -> rlkd", "sft 512, own words -> grpo", "sampled"),
-    ("RLKD after SFT improves on that SFT student", "sft 512 -> rlkd", "sft 512", "sampled"),
-    ("GRPO after SFT does", "sft 512 -> grpo", "sft 512", "sampled"),
-    ("RLKD after SFT finds more than that student in many samples (pass@64 without guesses)", "sft 512 -> rlkd", "sft 512", "found@64"),
-    ("GRPO after SFT does", "sft 512 -> grpo", "sft 512", "found@64"),
-    ("On-policy distillation after SFT improves on that student", "sft 512 -> distillation", "sft 512", "sampled"),
+    ("GRPO after SFT in its own words improves on that student", "sft 512, own words -> grpo", "sft 512, own words", "sampled"),
+    ("After SFT in its own words, RLKD beats GRPO", "sft 512, own words -> rlkd", "sft 512, own words -> grpo", "sampled"),
+    ("... and on larger problems", "sft 512, own words -> rlkd", "sft 512, own words -> grpo", "larger"),
+    ("... and follows the teacher's structure more", "sft 512, own words -> rlkd", "sft 512, own words -> grpo", "structure"),
+    ("GRPO then finds more different walks than RLKD", "sft 512, own words -> grpo", "sft 512, own words -> rlkd", "paths"),
+    ("RLKD after SFT in the teacher's words improves on that student", "sft 512 -> rlkd", "sft 512", "sampled"),
+    ("GRPO after SFT in the teacher's words improves on that student", "sft 512 -> grpo", "sft 512", "sampled"),
+    ("RLKD after SFT in the teacher's words finds more than that student in many samples (pass@64 without guesses)", "sft 512 -> rlkd", "sft 512", "found@64"),
+    ("GRPO after SFT in the teacher's words finds more than that student in many samples", "sft 512 -> grpo", "sft 512", "found@64"),
+    ("On-policy distillation after SFT in the teacher's words improves on that student", "sft 512 -> distillation", "sft 512", "sampled"),
     ("... and in many samples", "sft 512 -> distillation", "sft 512", "found@64"),
     ("RLKD after SFT beats that distillation, from the same start", "sft 512 -> rlkd", "sft 512 -> distillation", "sampled"),
     ("... and in many samples", "sft 512 -> rlkd", "sft 512 -> distillation", "found@64"),
@@ -128,9 +131,9 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
             return f"**no difference**: both {values(runs, regime, arm, name).mean():.2f} in every seed ({len(sample)} seeds)"
         _, _, low, high = mean_interval(sample)
         close = name not in DIGITS and max(-low, high) <= CLOSE
-        word = "**supported**" if low > 0 else "**not supported**" if high < 0 else f"**no difference above {CLOSE}**" if close else "undecided"
+        word = "**supported**" if low > 0 else "**not supported, the opposite**" if high < 0 else f"**no difference above {CLOSE}**" if close else "undecided"
         return f"{word}: {cell(sample, DIGITS.get(name, 2) + 1, '+')} ({len(sample)} seeds)"
-    return table(["claim", "figure", *regimes], [[text, f"{name}, {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
+    return table(["claim", "figure", *regimes], [[text, f"{(METRICS | ELSEWHERE).get(name, name)}: {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
                                                  for text, arm, against, name in claims])
 
 
@@ -149,11 +152,19 @@ def levels_table(runs: Runs, levels: dict[str, str]) -> str:
     return table(["people needed", "seeds", "sampled: base", "grpo", "rlkd", "rlkd - grpo, paired", "without guesses: base", "grpo", "rlkd",
                   "true structure: base", "grpo", "rlkd"], lines)
 
+
+def elsewhere_table(runs: Runs, levels: dict[str, str]) -> str:
+    """The same three over the difficulties on what they were not trained on."""
+    each = lambda level, name: [*(noted(values(runs, level, arm, name), 2, len(runs.get((level, arm), {}))) for arm in ("base", "grpo", "rlkd")),
+                                cell(gains(runs, level, "rlkd", "grpo", name), 2, "+")]
+    head = [f"{title}: base" if arm == "base" else arm for title in ELSEWHERE.values() for arm in ("base", "grpo", "rlkd", "rlkd - grpo, paired")]
+    return table(["people needed", *head], [[text, *(part for name in ELSEWHERE for part in each(level, name))] for level, text in levels.items() if (level, "base") in runs])
+
 # ------------------------------------------------------------------------------------------------ the page
 
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampled, no guesses", "found@64": "pass@64, no guesses", "structure": "true structure",
            "choice": "choice", "answer": "answer on the branch", "sums": "sums right", "paths": "walks", "length": "length"}
-ELSEWHERE = {"larger": "larger: sampled", "other": "reworded: sampled"}
+ELSEWHERE = {"larger": "larger, sampled", "other": "reworded, sampled"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights", "sparse", "rlkd", "grpo"),
           ("RLKD - GRPO on the outcome alone at weight 1, sparse", "sparse", "rlkd", ALONE),
           ("RLKD - GRPO where outcomes are dense, at the preset's weights", "dense", "rlkd", "grpo"),
@@ -178,6 +189,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
                                                         named("sampled", "greedy", "found@1", "structure", "choice", "paths", "length"))
         made[f"study-{regime}-reader"] = reader_table(runs, regime)
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
+    made["study-levels-elsewhere"] = elsewhere_table(runs, LEVELS)
     machines = Counter(row.get("machine", "an AMD EPYC or Intel Xeon (their lines do not say which)") for row in rows)
     versions, hours = len({row["commit"].partition("+")[0] for row in rows if "commit" in row}), f"{sum(row['seconds'] for row in rows) / 3600:.1f}"
     made["study-size"] = (f"{len(rows)} run{'s' * (len(rows) > 1)}, {hours} hours of training and evaluation on one core each, beside other work: "
@@ -190,7 +202,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     beside = [f"{regime}-{kind}" for regime in ("sparse", "dense") for kind in ("gains", "rewards")]
     made["study-chance"] = (f"* {intervals('claims', 'beyond')} verdicts below have an interval: if nothing differed at all, one in twenty would leave 0 out all the same. "
                             f"The tables hold {intervals(*beside)} differences more. An interval that only just leaves it out is weak evidence.")
-    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", ALONE, "rlkd", "sft 512, own words -> rlkd"],
+    made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", ALONE, "rlkd", "sft 512, own words -> grpo", "sft 512, own words -> rlkd"],
                                      named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made
 

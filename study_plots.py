@@ -13,8 +13,11 @@ from measures import Runs, gains, gap, values
 from plots import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, pictures
 
 COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": SKY, "structure only": GREEN, "sft 512": PURPLE, "sft 8192": ORANGE,
-          "sft 512, own words": "#999933", "sft 512 -> grpo": "#8c564b", "sft 512 -> rlkd": "#000000"}
-READ = {"rlkd": BLUE, "structure only": GREEN, "rlkd, 8 problems": ORANGE, "rlkd, 32 problems": SKY, "rlkd, 128 problems": PURPLE, "sft 512 -> rlkd": "#000000"}   # by GSRM
+          "sft 512, own words": "#999933", "sft 512 -> grpo": "#8c564b", "sft 512 -> rlkd": "#000000", "sft 512, own words -> grpo": "#c9a0dc",
+          "sft 512, own words -> rlkd": "#5b2a86"}
+ALONE = "grpo, outcome alone, weight 1"                   # of its seeds few leave the floor: lines, no mean
+READ = {"rlkd": BLUE, "structure only": GREEN, "rlkd, 8 problems": ORANGE, "rlkd, 32 problems": SKY, "rlkd, 128 problems": PURPLE,          # by GSRM; and after SFT:
+        "sft 512 -> rlkd": COLORS["sft 512 -> rlkd"], "sft 512, own words -> rlkd": COLORS["sft 512, own words -> rlkd"]}
 LEVELS = {"5-people": "2-3 of 5", "7-people": "3-4 of 7", "dense": "4-6 of 9", "sparse": "7-8 of 11", "13-people": "9-10 of 13"}
 
 
@@ -27,10 +30,17 @@ def band(axes, x: list, samples: list[np.ndarray], color: str, label: str) -> No
         axes.errorbar(x, mean, yerr=mean - low, color=color, capsize=3)
 
 
+def each_seed(axes, runs: Runs, regime: str, arm: str, figure: Callable, color: str, label: str, line: str = "-") -> None:
+    """A line a seed: figure(learning curves), which is None where a run has none."""
+    for _, row in sorted(runs.get((regime, arm), {}).items()):
+        if (y := figure(row.get("curve", {}))) is not None:
+            axes.plot([10 * i + 5 for i in range(len(y))], y, color=color, linewidth=1, alpha=0.8, label=label, linestyle=line)
+
+
 def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabels: dict[str, str], **more) -> None:
     """One picture with a panel a regime, a row of them a figure: draw(axes, regime, figure) for each of ylabels."""
     plt = pictures()
-    figure, grid = plt.subplots(len(ylabels), len(regimes), figsize=(4.8 * len(regimes), 0.7 + 3.2 * len(ylabels)), sharey=True, constrained_layout=True, squeeze=False)
+    figure, grid = plt.subplots(len(ylabels), len(regimes), figsize=(4.8 * len(regimes), 0.7 + 3.2 * len(ylabels)), sharex=True, sharey="row", constrained_layout=True, squeeze=False)
     for i, (row, (name, ylabel)) in enumerate(zip(grid, ylabels.items())):
         for axes, regime in zip(row, regimes):
             if not draw(axes, regime, name):
@@ -41,7 +51,7 @@ def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: s
             axes.grid(alpha=0.3)
         row[0].set_ylabel(ylabel)
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -51,8 +61,9 @@ def draw_curves(runs: Runs, path: Path) -> None:
         for arm in COLORS:
             if curves := [row["curve"][name] for row in runs.get((regime, arm), {}).values() if name in row.get("curve", {})]:
                 band(axes, [10 * i + 5 for i in range(max(map(len, curves)))], [np.array(tens, dtype=float) for tens in zip_longest(*curves)], COLORS[arm], arm)
+        each_seed(axes, runs, regime, ALONE, lambda curve: np.array(curve[name], dtype=float) if name in curve else None, COLORS["grpo"], f"{ALONE}, a line a seed", ":")
         return bool(axes.lines)
-    side_by_side(path, ("sparse", "dense"), draw, "step", {"outcome": "accuracy of the training rollouts", "true_structure": "their true structure"}, ylim=(0, 1))
+    side_by_side(path, ("sparse", "dense"), draw, "step", {"outcome": "accuracy of the training rollouts", "true_structure": "true structure of these rollouts"}, ylim=(0, 1))
 
 
 def draw_data(runs: Runs, path: Path) -> None:
@@ -88,8 +99,10 @@ def draw_left(runs: Runs, path: Path) -> None:
     shown = {*COLORS, "sft 512 -> distillation", "line similarity", "structure : outcome 1/4"}
     whole = {key: [row for row in seeds.values() if all(row.get(name) is not None for name in (*rest, "left"))] for key, seeds in runs.items()}
     arms = {regime: [arm for r, arm in runs if r == regime and arm in shown and whole[r, arm]] for regime in regimes}
-    figure, grid = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(1, *map(len, arms.values()))), constrained_layout=True, squeeze=False)
-    for axes, regime in zip(grid[0], regimes):
+    rows = [max(2, len(arms[regime])) for regime in regimes]
+    figure, grid = plt.subplots(2, 1, figsize=(9.2, 2.6 + 0.27 * sum(rows)), height_ratios=rows, constrained_layout=True)
+    images = []
+    for axes, regime in zip(grid, regimes):
         width = min(12, max((len(row["left"]) for arm in arms[regime] for row in whole[regime, arm]), default=1))
 
         def share(row: dict, width: int = width) -> list[float]:
@@ -99,15 +112,14 @@ def draw_left(runs: Runs, path: Path) -> None:
             axes.text(0.5, 0.5, f"{regime}: not measured yet", ha="center", color="0.5")
             continue
         means = np.array([np.mean([share(row) for row in whole[regime, arm]], axis=0) for arm in arms[regime]])
-        image = axes.imshow(means, cmap="cividis", norm=PowerNorm(0.5, 0, 1), aspect="auto")           # most cells are below 0.3
+        images.append(axes.imshow(means, cmap="cividis", norm=PowerNorm(0.5, 0, 1), aspect="auto"))       # most cells are below 0.3
         for (i, j), mean in np.ndenumerate(means):
-            axes.text(j, i, f"{100 * mean:.0f}" if mean >= 0.005 else "", ha="center", va="center", fontsize=6, color="black" if mean > 0.25 else "white")
-        axes.set_xticks(range(width + 3), [*map(str, range(1, width + 1)), "stays, answers", "stays, does not", "no step"], fontsize=8)
-        for label in axes.get_xticklabels()[-3:]:
-            label.set_rotation(90)
+            axes.text(j, i, f"{100 * mean:.0f}" if mean >= 0.005 else "", ha="center", va="center", fontsize=8, color="black" if mean > 0.17 else "white")
+        axes.set_xticks(range(width + 3), [*map(str, range(1, width + 1)), "stays,\nright", "stays,\nnot right", "no step"], fontsize=8)
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
         axes.set(title=regime, xlabel="step with a reason that no teacher trace has there")
-        figure.colorbar(image, ax=axes, label="share of samples (in the cells: per cent)")
+    if images:
+        figure.colorbar(images[0], ax=grid, label="share of samples (in the cells: per cent)", aspect=40)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -116,10 +128,10 @@ def draw_reader(runs: Runs, path: Path) -> None:
     """Reward hacking, if there is any: GSRM's structure reward minus the true one over the steps, a line a seed."""
     def draw(axes, regime: str, name: str) -> bool:
         for arm, color in READ.items():
-            for curve in [row["curve"] for _, row in sorted(runs.get((regime, arm), {}).items()) if name in row.get("curve", {})]:
-                axes.plot([10 * i + 5 for i in range(len(curve[name]))], gap(curve), color=color, linewidth=1, alpha=0.8, label=arm)
+            if arm.startswith("sft") == (name == "after"):
+                each_seed(axes, runs, regime, arm, lambda curve: gap(curve) if "structure" in curve else None, color, arm)
         return bool(axes.lines)
-    side_by_side(path, ("sparse", "dense"), draw, "step", {"structure": "GSRM's reward - true one"})
+    side_by_side(path, ("sparse", "dense"), draw, "step", {"before": "GSRM's reward - true one, from the base", "after": "... and after SFT (another scale)"})
 
 
 def draw_levels(runs: Runs, path: Path) -> None:
@@ -131,8 +143,8 @@ def draw_levels(runs: Runs, path: Path) -> None:
         if len(gain):
             mean, _, low, _ = mean_interval(gain)
             against.errorbar(base.mean(), mean, yerr=mean - low if np.isfinite(low) else None, marker="o", color=COLORS["rlkd"], capsize=3)
-            easy, floor = base.mean() > 0.8, base.mean() < 0.12 and mean < 0.2                  # near the right end; with a neighbour on its right
-            against.annotate(LEVELS[level], (base.mean(), mean), textcoords="offset points", xytext=(4, -14) if easy else (7, -14 if floor else 5),
+            easy, floor = base.mean() > 0.8, base.mean() < 0.12 and mean < 0.2                  # near the right end; near the line on the left
+            against.annotate(LEVELS[level], (base.mean(), mean), textcoords="offset points", xytext=(4, -14) if easy else (7, 10 if floor else 5),
                              ha="right" if easy else "left", fontsize=9)
     against.axhline(0, color="0.5", linewidth=0.8)
     against.set(xlabel="accuracy of the base, sampled (a guess is right one time in ten)", ylabel="accuracy of RLKD - accuracy of GRPO",

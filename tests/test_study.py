@@ -74,7 +74,7 @@ def test_the_tables_are_those_of_the_results():
               ("gap", "rlkd", "grpo", "never left"), ("one", "base", "rlkd", "sampled"), ("none", "rlkd", "sft 512", "sampled"))
     runs["sparse", "base"] = {0: row("sparse", "base", 0, 0.1)}
     words = [line.split(" | ")[2].removesuffix(" |") for line in evidence.verdicts(runs, claims, ("sparse",)).splitlines()[2:]]
-    assert words == [f"**supported**: +0.440 ± {half(gains):.3f} (3 seeds)", f"**not supported**: -0.440 ± {half(gains):.3f} (3 seeds)",
+    assert words == [f"**supported**: +0.440 ± {half(gains):.3f} (3 seeds)", f"**not supported, the opposite**: -0.440 ± {half(gains):.3f} (3 seeds)",
                      "**no difference**: both 0.20 in every seed (3 seeds)", "one seed", "not run"]
     steps = {"grpo": (0, 0, 0), "rlkd": (0.01, -0.01, 0.0), "sft 512": (0.03, -0.03, 0.0), "base": (0.02, 0.02, 0.02)}
     near = evidence.gathered([row("sparse", arm, seed, 0.5 + d) for arm, seeds in steps.items() for seed, d in enumerate(seeds)])
@@ -88,6 +88,12 @@ def test_the_tables_are_those_of_the_results():
     assert reader[2:] == [f"| rlkd | 3 | +{sum(gaps) / 3:.3f} ± {half(gaps):.3f} | 0.90 |"]
     levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
     assert len(levels) == 3 and levels[2].startswith("| 3-4 of 7 | 3 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
+    moved = [r | {"larger": r["sampled"] / 2, "other": 0.3 - r["sampled"] / 10} for r in rows("7-people")] + [row("7-people", "base", 0, 0.3)]
+    elsewhere = evidence.elsewhere_table(evidence.gathered(moved), evidence.LEVELS).splitlines()
+    assert elsewhere[0] == ("| people needed | larger, sampled: base | grpo | rlkd | rlkd - grpo, paired | reworded, sampled: base | grpo | rlkd | rlkd - grpo, paired |")
+    cells = elsewhere[2].split(" | ")
+    assert len(elsewhere) == 3 and cells[:2] == ["| 3-4 of 7", "0.30"] and [c[:4] for c in cells[2:4]] == ["0.06", "0.28"] and cells[4] == f"+0.22 ± {half(gains) / 2:.2f}"
+    assert [c[:4] for c in cells[6:8]] == ["0.29", "0.24"] and cells[8] == f"-0.04 ± {half(gains) / 10:.2f} |"
 
 
 def test_a_finished_run_is_not_run_again_and_a_failed_command_says_why(tmp_path, monkeypatch, capsys):
