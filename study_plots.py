@@ -40,7 +40,8 @@ def each_seed(axes, runs: Runs, regime: str, arm: str, figure: Callable, color: 
 def side_by_side(path: Path, regimes: tuple[str, ...], draw: Callable, xlabel: str, ylabels: dict[str, str], **more) -> None:
     """One picture with a panel a regime, a row of them a figure: draw(axes, regime, figure) for each of ylabels."""
     plt = pictures()
-    figure, grid = plt.subplots(len(ylabels), len(regimes), figsize=(4.8 * len(regimes), 0.7 + 3.2 * len(ylabels)), sharex=True, sharey="row", constrained_layout=True, squeeze=False)
+    figure, grid = plt.subplots(len(ylabels), len(regimes), figsize=(4.8 * len(regimes), 0.7 + 3.2 * len(ylabels)), sharex=True, sharey="row", squeeze=False,
+                                constrained_layout=True)
     for i, (row, (name, ylabel)) in enumerate(zip(grid, ylabels.items())):
         for axes, regime in zip(row, regimes):
             if not draw(axes, regime, name):
