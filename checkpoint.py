@@ -38,9 +38,16 @@ FREE = {"steps", "resume", "save_every", "keep", "eval_problems", "eval_k", "max
         "cache_gb"}                                           # settings of train.py that may change between a run and its resume
 
 
+def model_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model: the trained parameters and, where nothing is frozen, the buffers that belong to its weights (a router's corrections, in some MoE)."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    whole = model.state_dict().keys() if all(p.requires_grad for p in model.parameters()) else ()
+    return trained | {name: b for name, b in model.named_buffers() if name in whole}
+
+
 def named_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name there: "model/NAME" per trained parameter, and its "step/NAME", "exp_avg/NAME", "exp_avg_sq/NAME". No copies."""
-    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Every tensor of a checkpoint by its name there: the model's "model/NAME", and per trained parameter "step/NAME", "exp_avg/NAME", "exp_avg_sq/NAME". No copies."""
+    tensors = {f"model/{name}": p.detach() for name, p in model_tensors(model).items()}
     for name, p in model.named_parameters() if optimizer else ():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
     return tensors
@@ -173,10 +180,10 @@ def load_checkpoint(checkpoint: Path, model: PreTrainedModel, optimizer: torch.o
     ValueError for a checkpoint of another model."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     saved = reader.read_metadata().state_dict_metadata
-    shapes = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}
-    if wrong := {n: s for n, p in model.named_parameters() if p.requires_grad and (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
+    shapes, mine = {name[6:]: tuple(entry.size) for name, entry in saved.items() if name.startswith("model/")}, model_tensors(model)
+    if wrong := {n: s for n, p in mine.items() if (s := shapes.pop(n, None)) != tuple(p.shape)} or shapes:
         name = next(iter(wrong))
-        here = tuple(dict(model.named_parameters()).get(name, torch.empty(0)).shape)
+        here = tuple(mine.get(name, torch.empty(0)).shape)
         raise ValueError(f"{checkpoint} is of another model: {name} is {wrong[name] or 'missing'} there and {here} here")
     if optimizer:
         optimizer.state.clear()
@@ -260,6 +267,9 @@ def cut_logs(out: Path, step: int, steps: int = 0) -> None:
         if (out / name).exists():
             lines = [line for line, row in log_lines(out / name) if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
             write_aside(out / name, lambda file, lines=lines: file.write_bytes(b"".join(line + b"\n" for line in lines)))
+    there = [row["step"] for _, row in log_lines(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
+    if missing := step - len({*there}):
+        print(f"note: {out / 'log.jsonl'} lacks {missing} of the {step} steps of the checkpoint: the run goes on all the same, its curves have a gap", file=sys.stderr)
 
 
 def main() -> None:

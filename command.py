@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")               # what matplotlib draws
 
@@ -45,6 +47,20 @@ def ending(*more: type[Exception]) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # or Python complains once more at its end
     except (ValueError, OSError, ImportError, FloatingPointError, *more) as error:
         sys.exit(f"error: {in_one_line(error)}")
+
+
+@contextmanager
+def one_line(path: str | Path) -> Iterator[None]:
+    """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
+    level = get_verbosity()
+    set_verbosity_error()                                # its report on the weights: data.load_model makes its own
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
+        raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+    finally:
+        set_verbosity(level)
 
 
 class Parser(argparse.ArgumentParser):

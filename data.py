@@ -16,8 +16,6 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import groupby
@@ -29,10 +27,10 @@ import torch
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
-from command import Parser, decoded, ending, put_aside, tell
+from command import Parser, decoded, ending, one_line, put_aside, tell
 from parallel import use_device
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
@@ -194,20 +192,6 @@ def check_folder(path: str | Path, needs: str = "") -> None:
                                 + (str(folder / "model") if (folder / "model" / "config.json").is_file() else "the folder that save_pretrained wrote"))
 
 
-@contextmanager
-def one_line(path: str | Path) -> Iterator[None]:
-    """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
-    level = get_verbosity()
-    set_verbosity_error()                                # its report on the weights: load_model makes its own
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
-        raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
-    finally:
-        set_verbosity(level)
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
     check_folder(path, "" if any(Path(path).glob("*.json")) else "config.json")
@@ -229,6 +213,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     tokenizer = load_tokenizer(path)
     with one_line(path):
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        if Path(path, "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(path)       # a broken one is passed over above, and with it the ids that end a text
     if wrong := sorted(report["missing_keys"]) + sorted(f"{name} {tuple(have)} instead of {tuple(want)}" for name, have, want in report["mismatched_keys"]):
         raise ValueError(f"{path}: {len(wrong)} weights are missing or of another size (first: {wrong[0]}), so this is no checkpoint of a {type(model).__name__}")
     if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
@@ -237,8 +223,13 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         raise ValueError(f"{path}: {broken} holds numbers that are not finite: the training that wrote this checkpoint had failed; take an earlier one")
     if unused := report["unexpected_keys"]:
         print(f"{path}: {len(unused)} weights are left out, a {type(model).__name__} has no place for them (first: {min(unused)})", file=sys.stderr)
-    if any(getattr(model.generation_config, name, None) is not None for name in ("temperature", "top_p", "top_k")):
-        model.generation_config.do_sample = True         # settings of sampling without it are a contradiction, which could be loaded but not saved again
+    if (head := model.get_output_embeddings()) is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False         # says otherwise where the file has a head of its own: transformers takes the file's
+    settings, of_sampling = model.generation_config, ("temperature", "top_p", "top_k")                # without sampling they contradict it: could be loaded, but not saved again
+    if settings.do_sample is False or settings.temperature == 0:
+        settings.update(do_sample=False, **dict.fromkeys(of_sampling))
+    elif any(getattr(settings, name, None) is not None for name in of_sampling):
+        settings.do_sample = True
     return model.eval(), tokenizer
 
 
@@ -286,7 +277,8 @@ def chat_ids(tokenizer: Tokenizer, content: str) -> list[int]:
                 else compiled(PLAIN_TEMPLATE + "\n").render(messages=messages))                  # jinja drops a template's last line end
     except (TemplateError, TypeError, ArithmeticError) as error:
         raise ValueError(f"the chat template cannot make a prompt of one user turn ({error}): mend it, or take it out of the tokenizer's files") from None
-    return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+    ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+    return ids[:-1] if not tokenizer.chat_template and ids[-1] == tokenizer.eos_token_id else ids        # some tokenizers end every text
 
 
 def template_hash(tokenizer: Tokenizer) -> str:

@@ -254,7 +254,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def majority_at_k(answers: list[str | None], correct: list[bool | None], k: int, draws: int = 1000) -> float:
     """maj@k of one problem: how often the most frequent answer among k of its n samples is right, over all subsets or, if these are more, `draws` seeded ones
-    (verl draws with replacement). Votes go by normalised string, None does not vote, a tie is shared; NaN where no winner was graded."""
+    (verl draws with replacement). Votes go by normalised string, None does not vote, a tie is shared; NaN where no winner was graded, or nobody voted and nothing was."""
     if len(correct) != len(answers) or not 1 <= k <= len(answers):
         raise ValueError(f"maj@k needs a verdict per answer and 1 <= k <= n, got {len(answers)} answers, {len(correct)} verdicts, k={k}")
     names = [None if a is None else normalise(a) for a in answers]
@@ -269,6 +269,7 @@ def majority_at_k(answers: list[str | None], correct: list[bool | None], k: int,
     counts = vote[subsets].sum(1)                                        # (S, C)
     wins = (counts == counts.max(1, keepdims=True)) & (counts > 0)
     share = np.where(wins, score, 0.0).sum(1) / np.maximum(wins.sum(1), 1)
+    share[(counts == 0).all(1) & ~np.array([right is not None for right in correct])[subsets].any(1)] = np.nan
     return float(np.nanmean(share)) if not np.isnan(share).all() else math.nan
 
 
@@ -296,6 +297,6 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, samples: int = 10000, seed: i
     gain = (a - b)[~np.isnan(a - b)]
     rng = np.random.default_rng(seed)
     means = np.array([gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(samples)])
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, 0.025, method="lower"), np.quantile(means, 0.975, method="higher")
     tail = min((means <= 1e-12).sum(), (means >= -1e-12).sum())          # 0 but for rounding is on both sides; p < 0.05 where the interval leaves 0 out
     return {"diff": float(gain.mean()), "low": float(low), "high": float(high), "p": float(min(1.0, 2 * (tail + 1) / (samples + 1)))}

@@ -93,9 +93,9 @@ DECOMPOSE = "Write the steps of this reasoning.\n<problem>\n{problem}\n</problem
 JUDGE = "Do these two {kind} mean the same? Answer yes or no.\n1: {teacher}\n2: {student}"
 KIND_WORDS = {"meta": "reasons", "query": "problems", "answer": "answers"}
 # our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's, Mistral's, EXAONE's. "<" before n blanks must cost n, not n * n
-DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|pad|unk|mask|unused[0-9]{1,4}|(?:start|end)_of_turn|tool_(?:call|response)|[se]op"
-                       r"|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|g?MASK|UNK|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK"
-                       r"|\|(?:user|assistant|system|tool|endofturn)\|)\])", re.IGNORECASE)
+DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|eo[adhmst]|pad|unk|mask|sys|(?:unused|reserved_|special_)[0-9]{1,4}|(?:start|end)_of_[a-z]{3,12}"
+                       r"|seed:[a-z_]{1,20}|tool_(?:call|response)|[se]op|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|BOS|EO[ST]|g?MASK|UNK|SYSTEM_PROMPT"
+                       r"|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)?|THINK|\|(?:user|assistant|system|tool|endofturn)\|)\])", re.IGNORECASE)
 MAX_TRACE, MAX_FIELD = 60_000, 600                       # characters; a trace keeps its beginning, which is where following the teacher happens
 
 
@@ -144,9 +144,9 @@ class Walk:
 
 def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step] | None]], judge: Judge, normalize: bool = True, stop: bool = True) -> list[Score]:
     """Score of each student structure against its own list of teacher structures (the equation above), judged in waves: all `meta` of step i first, then `query` and
-    `answer` of those still on a branch; each distinct pair is asked once. A judgement that failed (None) makes the score None, unless no verdict could have raised it; so does
-    a teacher structure that could not be asked for, unless another trace earns a normalised 1. A student without steps earns 0; without teacher steps: None.
-    stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
+    `answer` of those still on a branch; each distinct pair is asked once. A judgement that failed (None) makes the score None, unless an upper bound says that no verdict
+    could have raised it; so does a teacher structure that could not be asked for, unless another trace earns a normalised 1. A student without steps earns 0; without
+    teacher steps: None. stop=False, for studies: a step whose meta differs earns 0 and the walk goes on behind it."""
     walks = [[Walk([[(kind, getattr(t, kind), getattr(s, kind)) for kind in KINDS] for s, t in zip(student, trace or ())], len(trace or ())) for trace in traces]
              for student, traces in zip(students, teachers, strict=True)]
     every, known = [w for group in walks for w in group], {}
@@ -297,7 +297,7 @@ class GSRM:
         return scores
 
     def teachers(self, problems: list[str], traces: list[list[str]]) -> list[list[list[Step] | None]]:
-        """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty, None where there was an outage (all counted)."""
+        """Each problem's teacher structures, from the cache where they were read before; one that cannot be read is empty, and the others decide; None: an outage (all counted)."""
         flat = list(dict.fromkeys((p, t) for p, ts in zip(problems, traces, strict=True) for t in ts))
         keys = {pt: digest(self.name, decompose_prompt(*pt)) for pt in flat}
         found, lost = self.read(new := [pt for pt in flat if keys[pt] not in self.cache])

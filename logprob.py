@@ -12,9 +12,9 @@ z = hidden @ weight.T / T, p = softmax(z), y = target; F = one (N, D) x (D, V) m
              dz = -(a/S) E, but for the target's E_y - S, so both matmuls take E as it is and only (n, D) things are scaled: dX = k (E W),  dW += E^T (k X),  k = -a / (S T)
     KL       reverse KL(p||q) = sum p (z - t) - lse_z + lse_t,  dz_v = p_v (log p_v - log q_v - KL);    forward KL(q||p),  dz_v = p_v - q_v
 
-Every sum is float32, under torch.autocast too, gradients are rounded to the inputs' dtype once, rows with zero gradient cost no backward matmul. Targets far below the maximum
-stay exact: a tile past 2^64 times the anchor is summed again relative to its own maximum, and mode B, whose E would not fit (log-prob < -44 nats), stores p for such a row.
-In fp16, which has no room for E, mode B is mode A.
+Every sum is float32, under torch.autocast too, gradients are rounded to the inputs' dtype once, rows with zero gradient cost no backward matmul (mode B: where they are over a
+quarter). Targets far below the maximum stay exact: a tile past 2^64 times the anchor is summed again relative to its own maximum, and mode B, whose E would not fit (log-prob
+< -44 nats), stores p for such a row. In fp16, which has no room for E, mode B is mode A.
 
 The kernels (kernels.py) run on CUDA where Triton is installed, the plain `..._reference` twins at the end anywhere else. Memory on top of inputs and gradients (bf16):
 forward 12 V/256 bytes a row and 8 D of 2,048 rows; mode A 0.5 GB and N D float32; mode B chunk x V, and V D float32 when N > chunk. Alone: `pytest tests/test_logprob.py`

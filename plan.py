@@ -25,7 +25,8 @@ from typing import Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from data import Problem, Tokenizer, check_folder, load_problems, load_tokenizer, one_line, problem_ids, stop_and_pad_ids
+from command import one_line
+from data import Problem, Tokenizer, check_folder, load_problems, load_tokenizer, problem_ids, stop_and_pad_ids
 from decode import attention, cache_bytes
 from logprob import CHUNK, WORKSPACE
 from rollout import MAX_ROWS, MAX_TOKENS, Sampler
@@ -33,8 +34,7 @@ from rollout import MAX_ROWS, MAX_TOKENS, Sampler
 BANDWIDTH, FLOPS = 2.0e12, 400e12        # bytes/s, FLOP/s in bfloat16: A100/H100-class, change them for another card
 USABLE = 0.92                            # of a card's memory; the rest is CUDA's own and what the allocator loses
 CACHE_GB = 20.0                          # for the keys and values of one wave of sampling
-PROMPT = 1024                            # tokens of a prompt, where they cannot be counted
-STEPS, QUESTION = 10, 150                # steps of a trace, tokens of one of the judge's three questions on each
+PROMPT, STEPS, QUESTION = 1024, 10, 150  # tokens of a prompt that cannot be counted, steps of a trace, tokens of one of the judge's three questions on each
 B7 = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
 B1 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True)
 ELSEWHERE = "http://"            # a reward model that is none of this machine's, as a remedy

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class Sampler:
         self.max_positions = getattr(model.config, "max_position_embeddings", 1 << 30)
         if getattr(model.config, "alibi", model.config.model_type == "bloom"):
             raise ValueError("the model puts positions into its attention mask (ALiBi), which this sampler does not: choose one with rotary or learned positions")
+        if "local" in getattr(model.config, "attention_layers", ()) or {"cache", "past_key_values"}.isdisjoint(signature(type(model).forward).parameters):
+            raise ValueError(f"{model.config.model_type} has local attention or a state of its own in place of a cache: this sampler knows full attention only")
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings", self.max_positions) < self.max_positions:
             raise ValueError("the model turns its positions otherwise once a row is long (longrope), so that a row's samples would depend on its company: choose another one")
@@ -143,7 +146,12 @@ def check_head(model: PreTrainedModel) -> None:
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) "
                          "weight; merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
-    want, got = model(input_ids=ids, use_cache=False).logits.float(), (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
+    large = head.register_forward_hook(lambda module, given, logits: 1000 * logits)                         # a softcap hardly bends the small logits of a few ids
+    try:
+        want = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        large.remove()
+    got = 1000 * (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
     if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
                          "can neither be trained here nor judge")

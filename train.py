@@ -42,7 +42,7 @@ from parallel import gather_rows, rank, world
 from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head, without_dropout
 from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure
-from update import adamw, load_teacher, merged, reference_logp, update
+from update import adamw, check_sound, load_teacher, merged, reference_logp, update
 from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
 
 
@@ -67,7 +67,7 @@ class Config:
     combine: Literal["gdpo", "sum"] = flag("gdpo", "several rewards: gdpo (each normalised in its group, then summed) or sum (the paper's)")
     normalize: bool = flag(True, "structure reward divided by the teacher's number of steps; False: the authors' raw sum")
     stop_at_divergence: bool = flag(True, "structure reward ends where the student leaves the teacher's branch; False: counts every later step that agrees again")
-    max_teachers: int = flag(0, "use only the first so many teacher traces of a problem (0: all)", "[0, inf)")
+    max_teachers: int = flag(0, "reward only by the first so many teacher traces of a problem (0: all, as evaluations always do)", "[0, inf)")
     steps: int = flag(500, "batches of fresh rollouts; each is followed by updates_per_batch optimiser steps", "[1, inf)")
     problems_per_step: int = flag(16, "P, problems per step over all processes", "[1, inf)")
     group_size: int = flag(8, "G, completions per problem; one alone has nothing to be compared with", "[2, inf)")
@@ -329,7 +329,7 @@ def main(config: Config) -> None:
             say(f"evaluating the student before training on {len(run.held_out)} held-out problems ...", flush=True)
             say(f"before training: {measure(run, out / 'eval_before.jsonl')}", flush=True)
         train_on(run, state, out, checkpoints)
-        whole = parallel.whole_state(run.model)
+        whole = parallel.whole_state(check_sound(run.model))
         if rank() == 0:
             (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
             plots.plot([str(out)], out / "curve.png")

@@ -125,7 +125,8 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
     old = rollout.logp if old_logp is None else old_logp
     total = 0.0 if rollout.logp.isfinite().all() else math.nan                          # a broken student's groups may be spread-less: no loss below would tell
-    sums = {"entropy": float(rollout.entropy[mask].sum()), "all": float(mask.sum())} | ({"teacher_kl": 0.0} if teacher else {})
+    sums = {"entropy": float(rollout.entropy[mask].sum()), "all": float(mask.sum())}
+    sums |= dict.fromkeys(["kl"] * (ref_logp is not None) + ["teacher_kl"] * bool(teacher), 0.0)                   # not measured is not 0
 
     def tally(part: dict[str, torch.Tensor]) -> None:
         for name, value in part.items():
@@ -149,6 +150,17 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
     return apply_gradient(model, optimizer, total, sums, config.max_grad_norm)
 
 
+@torch.no_grad()
+def check_sound(model: PreTrainedModel) -> PreTrainedModel:
+    """FloatingPointError where the model's logits are not finite, as after a far too high rate, though its weights may be; else -> the model. A collective."""
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    logits = inside(model, lambda: model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ model.get_output_embeddings().weight.T)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the student's weights are finite, its logits are not, so no model is written: lower --lr and start again; earlier checkpoints, if there "
+                                 "are any, can be exported (python checkpoint.py --help)")
+    return model
+
+
 def merged(updates: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of all updates on the same rollouts as one row: means, but the largest of a /max and of "nonfinite" and "nonfinite_weights"."""
     mean = lambda values: sum(values) / len(values)
@@ -157,9 +169,9 @@ def merged(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
     """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite,
-    or the weights are not now; "nonfinite_weights" is 1 where they are not."""
-    names = ["tokens", "all", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-             "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"] + ["teacher_kl"] * ("teacher_kl" in sums)
+    or the weights are not now; "nonfinite_weights" is 1 where they are not. A mean over no token is NaN."""
+    names = ["tokens", "all", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
+             "sampling/importance_sampling_ratio/mean", *(name for name in ("kl", "teacher_kl") if name in sums)]
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
     largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
@@ -170,6 +182,7 @@ def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, los
         optimizer.step()
     optimizer.zero_grad()
     broken = stepped and not finite(model)                  # the optimiser's own arithmetic: a learning rate far too high, moments that have overflowed
-    means = {name: value / max(every if name.startswith(("entropy", "clip_ratio")) else tokens, 1) for name, value in means.items()}
+    count = lambda name: every if name.startswith(("entropy", "clip_ratio")) else tokens
+    means = {name: value / count(name) if count(name) else math.nan for name, value in means.items()}
     return {"loss": total, **means, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
             "skipped_step": float(not stepped), "nonfinite": float(not sound or broken), "nonfinite_weights": float(broken)}

@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 from transformers.utils import cached_file
 
-from data import Tokenizer, check_folder, file_hash, one_line, template_hash
+from command import one_line
+from data import Tokenizer, check_folder, file_hash, template_hash
 from parallel import all_max, rank, world
 
 # ------------------------------------------------------------------------------------------------ why nothing is being learned

@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.distributed.checkpoint as dcp
 from test_train import ROOT, config, data, lines, weights  # noqa: F401
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig
 
 import checkpoint
 import train
@@ -371,6 +371,31 @@ def test_a_checkpoint_of_another_model_is_refused(small, tmp_path):
         other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | {"layer_types": None}))
         with pytest.raises(ValueError, match="is of another model: model.layers"):
             load_checkpoint(tmp_path / "step_000001", other)
+
+
+def test_buffers_that_belong_to_the_weights_are_exported_too(small, tmp_path, monkeypatch):
+    """A mixture of experts keeps its router's corrections in one: from the config alone it would come back as zeros."""
+    model = AutoModelForCausalLM.from_config(Glm4MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1)).eval()
+    name, buffer = next((n, b) for n, b in model.named_buffers() if "correction" in n)
+    buffer.copy_(torch.tensor([5.0, 0.0, 0.0, 4.0]))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(model, small[1], torch.optim.AdamW(model.parameters()), 1)
+    checkpoints.wait()
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "checkpoints/step_000001"), "--out", str(tmp_path / "model")])
+    checkpoint.main()
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), torch.arange(20)[None]
+    assert torch.equal(dict(again.named_buffers())[name], buffer)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_gap_in_the_log_is_said(tmp_path, capsys):
+    for steps, lacks in (((1, 2, 3, 4), 0), ((1, 2), 1), ((1, 2, 4), 0), ((), 3)):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        cut_logs(tmp_path, 3 if 3 in steps or lacks else 2)
+        assert (f"lacks {lacks} of the 3 steps" in (said := capsys.readouterr().err)) == bool(lacks) == bool(said)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(data, tmp_path):  # noqa: F811

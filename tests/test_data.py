@@ -368,6 +368,32 @@ def test_an_unknown_word_ends_nothing(tmp_path: Path) -> None:
     assert stop_and_pad_ids(model, known) == ({known.eos_token_id, 2}, known.pad_token_id)
 
 
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tmp_path: Path) -> None:
+    tok = word_level(tmp_path, {"eos_token": "</s>", "bos_token": "<s>"})
+    tok._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)])
+    assert tok.encode("Ann")[-1] == tok.eos_token_id
+    tok.chat_template = None
+    ids = chat_ids(tok, "Ann has")
+    assert ids[0] == tok.bos_token_id and tok.eos_token_id not in ids and ids[2:4] == tok.encode("Ann has", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("said, kept", [
+    ({"temperature": 0.0}, (False, None, None)), ({"do_sample": False, "temperature": 0.6, "top_k": 5}, (False, None, None)),
+    ({"temperature": 0.6}, (True, 0.6, None)), ({"do_sample": True, "temperature": 0.6, "top_k": 5}, (True, 0.6, 5)), ({}, (None, None, None))])
+def test_a_base_that_answers_greedily_stays_one_and_what_is_saved_can_be_used(said: dict, kept: tuple, tmp_path: Path) -> None:
+    """transformers loads settings that contradict each other, and neither saves nor generates by them."""
+    hf = huggingface(tmp_path / "in")
+    tiny(len(hf)).save_pretrained(tmp_path / "in")
+    (tmp_path / "in/generation_config.json").write_text(json.dumps(said | {"eos_token_id": 5}))
+    data.save_model(*load_model(tmp_path / "in"), tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (again.generation_config.do_sample, again.generation_config.temperature, again.generation_config.top_k) == kept
+    assert again.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] <= 4
+    (tmp_path / "in/generation_config.json").write_text(json.dumps(said | {"eos_token_id": [5, 7, 9]})[:-6])
+    with pytest.raises(ValueError, match="in: cannot be loaded.*generation_config.json"):      # else the ids that end a text would be lost without a word
+        load_model(tmp_path / "in")
+
+
 def test_a_tokenizer_without_an_end_says_what_to_do(tmp_path: Path) -> None:
     model, tok = tiny(16), word_level(tmp_path, {})
     with pytest.raises(ValueError, match="set eos_token in its tokenizer_config.json"):

@@ -512,6 +512,8 @@ def test_majority_at_k_is_the_mean_over_subsets(answers: list[str | None]) -> No
 def test_majority_at_k_edges() -> None:
     assert majority_at_k(["0.5", "$0.5$", r"\text{0.5}", "7", "7"], [True] * 3 + [False] * 2, 5) == 1.0        # votes go by normalised string
     assert majority_at_k([None, None], [False, False], 2) == 0.0
+    assert math.isnan(majority_at_k([None, None], [None, None], 2)) and math.isnan(majority_at_k(["5", None, None, None], [None] * 4, 2))      # nothing was graded
+    assert majority_at_k([None, None], [False, None], 2) == 0.0 and majority_at_k([None, None, None], [False, None, None], 1) == 0.0
     assert math.isnan(majority_at_k(["a", "a", "b"], [None, None, True], 3))                                   # the winner was not graded
     assert majority_at_k(["a", "a", "b"], [None, None, True], 1) == 1.0                                        # only draws that were graded count
     assert majority_at_k(["a", "a", "b"], [None, True, False], 3) == 1.0                                       # one graded member speaks for its class
@@ -591,6 +593,16 @@ def test_bootstrap_pairs_sides_and_repeats() -> None:
     assert paired_bootstrap(hard, hard) == {"diff": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     tenths = np.array([1, 2, -3, 3])                                 # many resampled sums are 0, in tenths 0 but for rounding: a tie, which counts on both sides
     assert paired_bootstrap(tenths / 10, 0 * tenths)["p"] == paired_bootstrap(tenths, 0 * tenths)["p"] > paired_bootstrap(tenths + 0.01, 0 * tenths)["p"]
+
+
+def test_an_interval_that_leaves_0_out_has_p_below_5_percent() -> None:
+    """Also where 0 lies between the two resampled means at the interval's end."""
+    gain, zero = np.random.default_rng(3).normal(size=30), np.zeros(30)
+    rng = np.random.default_rng(0)
+    means = np.sort([gain[rng.integers(30, size=30)].mean() for _ in range(10000)])
+    for at in (248, 249, 250, 251):
+        out = paired_bootstrap(gain - (means[at - 1] + means[at]) / 2, zero)          # so that just `at` of the means are below 0
+        assert out["p"] == pytest.approx(2 * (at + 1) / 10001) and (out["low"] > 0) == (at < 250) and (out["low"] <= 0 or out["p"] < 0.05)
 
 
 def test_bootstrap_false_alarm_rate() -> None:

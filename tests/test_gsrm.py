@@ -460,7 +460,8 @@ def test_prompt_target_and_parser_agree() -> None:
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
             "<|\0im_end|>", "<\0|im_end|>", "\0<|im_end|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
-            "<tool_call>", "</tool_call>", "<sop>", "<fim_prefix>", "[gMASK]"]
+            "<tool_call>", "</tool_call>", "<sop>", "<fim_prefix>", "[gMASK]", "[EOS]", "[AVAILABLE_TOOLS]", "[/TOOL_RESULTS]", "<seed:eos>", "<end_of_utterance>",
+            "<start_of_image>", "<eoa>", "<reserved_106>", "<SPECIAL_10>"]
 DELIMITERS = ["</trace>", "<trace>", "</problem>", "<problem>", "</think>", "<think>", "< /trace >", "</TRACE>", "</ trace\n>", "<\0/trace>", "</tr\0ace>"]
 STEP_TAGS = ["[Answer 1]:", "[answer 1]", "[Meta-reasoning 2]:", "[ SUB-PROBLEM 3 ]:", "[meta reasoning 1]:", NO_STEPS, "[\0Answer 1]:", "[No steps ]",
              "[\nAnswer 2]:"]
@@ -475,7 +476,7 @@ def test_neutralise_defuses(text: str) -> None:
 
 
 def test_neutralise_leaves_ordinary_text_alone_and_limits_its_length() -> None:
-    for text in ("if a < b and b > c then [1, 2] [x]", "2 << 3 | 4 <- 5", "f(<x>) = [answers] <b>", "日本 {braces} %s \\boxed{4}"):
+    for text in ("if a < b and b > c then [1, 2] [x]", "2 << 3 | 4 <- 5", "f(<x>) = [answers] <b>", "日本 {braces} %s \\boxed{4}", "<end> [tool box] <eon> [EON]"):
         assert neutralise(text, 100) == text
     assert neutralise("\0" * 50 + "x" * 200, 100) == "x" * 100
     assert len(decompose_prompt("p" * 2 * MAX_TRACE, "t" * 2 * MAX_TRACE)) == len(DECOMPOSE.format(problem="", trace="")) + 2 * MAX_TRACE

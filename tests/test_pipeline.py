@@ -73,6 +73,7 @@ ODD = {"no pad token": ("llama", "r1", {"tokenizer_config.json": {"pad_token": N
        "no room to spare": ("qwen2", "r1", {}),                      # transformers loads it with a token more than its files have: <|endoftext|>
        "a sliding window that is switched off": ("qwen2", "chatml", {"config.json": {"sliding_window": 4, "use_sliding_window": False,
                                                                                      "max_window_layers": 0, "layer_types": None}}),
+       "a head of its own that the config calls tied": ("qwen2", "chatml", {"config.json": {"tie_word_embeddings": True}}),
        "sampling settings that contradict each other": ("qwen3", "chatml", {"generation_config.json": {"temperature": 0.6, "top_p": 0.9, "do_sample": False}})}
 
 

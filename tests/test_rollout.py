@@ -4,6 +4,7 @@ import math
 import random
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache, partial
 from io import StringIO
 
@@ -14,7 +15,9 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RwkvConfig,
 )
 
 import decode as D
@@ -682,3 +686,20 @@ def test_a_head_that_scales_its_logits_is_refused() -> None:
         with pytest.raises(ValueError, match="softcap or a logit scale"):
             check_head(AutoModelForCausalLM.from_config(config).eval())
     check_head(AutoModelForCausalLM.from_config(GraniteConfig(**common, logits_scaling=1.0)).eval())
+    with torch.no_grad():
+        for cap, spread in ((30.0, 0.02), (30.0, 0.3), (None, 0.02)):        # logits far below the cap, where it changes next to nothing: larger ones will come
+            capped = AutoModelForCausalLM.from_config(Gemma2Config(**common, head_dim=8, initializer_range=spread, final_logit_softcapping=cap)).eval()
+            ids = torch.arange(8)[None]
+            before = capped(input_ids=ids).logits
+            with pytest.raises(ValueError, match="softcap or a logit scale") if cap else nullcontext():
+                check_head(capped)
+            assert torch.equal(before, capped(input_ids=ids).logits)          # the check leaves nothing behind
+
+
+def test_local_attention_that_no_layer_type_names_and_a_state_that_is_no_cache_are_refused() -> None:
+    common = dict(vocab_size=VOCAB, hidden_size=32, max_position_embeddings=128)
+    local = GPTNeoConfig(**common, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16)
+    for config in (local, RwkvConfig(vocab_size=VOCAB, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64)):
+        with pytest.raises(ValueError, match="knows full attention only"):
+            Sampler(AutoModelForCausalLM.from_config(config), STOPS, PAD)
+    Sampler(AutoModelForCausalLM.from_config(GPTNeoConfig(**common, num_layers=2, num_heads=4, attention_types=[[["global"], 2]])), STOPS, PAD)

@@ -167,6 +167,10 @@ def test_the_entropy_is_that_of_all_tokens_spreadless_groups_too(data):
         ref = reference_logp(load_model("toy/student")[0], prompts, rollout, cfg) if beta else None
         seen.append(train.update(model, ref, torch.optim.SGD(model.parameters(), lr=0.0), prompts, rollout, adv, scored, cfg))
     wanted = float(rollout.entropy[rollout.mask].mean())
+    assert ["kl" in m for m in seen] == [False, True]                        # without a reference none was measured
+    nothing = train.update(model, ref, torch.optim.SGD(model.parameters(), lr=0.0), prompts, rollout, 0 * adv, ~scored, cfg)
+    assert {name for name, value in nothing.items() if math.isnan(value)} == {*seen[1]} - {"loss", "grad_norm", "skipped_step", "nonfinite", "nonfinite_weights",
+                                                                                          "sampling/sampling_logp_difference/max"} and nothing["skipped_step"] == 1
     assert [m["entropy"] for m in seen] == pytest.approx([wanted] * 2, rel=1e-5) and wanted != pytest.approx(float(rollout.entropy[:2][rollout.mask[:2]].mean()), rel=1e-2)
 
 

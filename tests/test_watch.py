@@ -124,6 +124,23 @@ def test_a_broken_student_is_found_though_no_loss_is_taken(data, tmp_path, spoil
     assert [row["nonfinite"] for row in lines(tmp_path)] == [0, 1, 1]
 
 
+def test_a_student_whose_logits_are_not_finite_is_not_written_as_a_model(data, tmp_path, monkeypatch):  # noqa: F811
+    """Its weights are finite, and the run is over before --max_faults steps have failed: nor does a resume write it."""
+    counted = train.update
+
+    def breaks(model, *rest):
+        metrics = counted(model, *rest)
+        model.model.norm.weight.data.fill_(3e38)
+        return metrics
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", breaks)
+        with pytest.raises(FloatingPointError, match="its logits are not, so no model is written: lower --lr"):
+            train.main(config(data, tmp_path, "--steps", "1"))
+    with pytest.raises(FloatingPointError, match="no model is written"):
+        train.main(config(data, tmp_path, "--steps", "1", "--resume", "auto"))
+    assert not (tmp_path / "model").exists() and len(lines(tmp_path)) == 1
+
+
 @pytest.fixture
 def overflow(monkeypatch):
     """AdamW's steps of these numbers leave an infinite weight, though loss and gradient were finite."""
