@@ -168,6 +168,7 @@ ELSEWHERE = {"larger": "larger, sampled", "other": "reworded, sampled"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights", "sparse", "rlkd", "grpo"),
           ("RLKD - GRPO on the outcome alone at weight 1, sparse", "sparse", "rlkd", ALONE),
           ("RLKD - GRPO where outcomes are dense, at the preset's weights", "dense", "rlkd", "grpo"),
+          ("RLKD - GRPO on the outcome alone at weight 1, dense", "dense", "rlkd", ALONE),
           ("RLKD - SFT on the same 512 problems in the teacher's words, sparse", "sparse", "rlkd", "sft 512"),
           ("RLKD - SFT on the same walks told in the student's own words, sparse", "sparse", "rlkd", "sft 512, own words"))            # of the README
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",

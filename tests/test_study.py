@@ -306,7 +306,7 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     for command in re.findall(r"`python study.py (--arms .*?)`", readme):           # of the quoted figures
         words = shlex.split(command)
         assert set(words[1:words.index("--regimes")]) <= set(study.ARMS) and words[words.index("--regimes") + 1] in study.REGIMES and words[-2] == "--results"
-    assert len(re.findall(r"`python study.py --arms", readme)) == len(evidence.QUOTES) == 5
+    assert len(re.findall(r"`python study.py --arms", readme)) == len(evidence.QUOTES) == 6
     prose = re.sub(r"<!-- (study-[\w-]+) -->.*?<!-- /\1 -->|```.*?```|arXiv [\d.]+|arxiv.org/abs/[\d.]+", "", (ROOT / "docs/study.md").read_text(), flags=re.DOTALL)
     assert not re.findall(r"(?<![\w.])[+-]?0?\.\d+|\d+(?:\.\d+)? ?%(?! t interval| interval| of the data)", prose.replace("0.16M-parameter", ""))
 
