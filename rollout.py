@@ -138,20 +138,27 @@ def predictors(model: PreTrainedModel, prompts: list[list[int]], completions: li
     return hidden[where], torch.tensor([token for c in completions for token in c], device=device)
 
 
+def few_logits(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """((1, n) the first few token ids, (1, n, V) their logits) as logprob.py makes them: hidden @ weight.T."""
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    return ids, model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ model.get_output_embeddings().weight.T
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """ValueError where the model's logits are not hidden @ weight.T, for then the trainer's log-probs (logprob.py) would silently not be the sampler's:
     adapters on the head, a bias, a softcap, a logit scale."""
-    head, ids = model.get_output_embeddings(), torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) "
                          "weight; merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
+    ids, got = few_logits(model)
     large = head.register_forward_hook(lambda module, given, logits: 1000 * logits)                         # a softcap hardly bends the small logits of a few ids
     try:
         want = model(input_ids=ids, use_cache=False).logits.float()
     finally:
         large.remove()
-    got = 1000 * (model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ head.weight.T).float()
+    got = 1000 * got.float()
     if not torch.allclose(want, got, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does more to its logits than hidden @ weight.T (a softcap or a logit scale): logprob.py does not know it, so such a model "
                          "can neither be trained here nor judge")

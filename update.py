@@ -20,7 +20,7 @@ from data import Tokenizer, load_model
 from grpo import denominator, grpo_loss
 from logprob import linear_kl, linear_logprob, linear_policy_loss
 from parallel import all_max, all_sum, finite, inside, plain, world
-from rollout import Rollout, check_head, micro_batches, predictors
+from rollout import Rollout, check_head, few_logits, micro_batches, predictors
 
 
 class Settings(Protocol):
@@ -153,9 +153,7 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
 @torch.no_grad()
 def check_sound(model: PreTrainedModel) -> PreTrainedModel:
     """FloatingPointError where the model's logits are not finite, as after a far too high rate, though its weights may be; else -> the model. A collective."""
-    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
-    logits = inside(model, lambda: model.base_model(input_ids=ids, use_cache=False).last_hidden_state @ model.get_output_embeddings().weight.T)
-    if not logits.isfinite().all():
+    if not inside(model, lambda: few_logits(model)[1]).isfinite().all():
         raise FloatingPointError("the student's weights are finite, its logits are not, so no model is written: lower --lr and start again; earlier checkpoints, if there "
                                  "are any, can be exported (python checkpoint.py --help)")
     return model
