@@ -26,7 +26,7 @@ import torch
 from command import ConfigParser, Parser, ending, flag, folder
 from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
-from gsrm import GSRM, KINDS, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
+from gsrm import GSRM, KINDS, MAX_FIELD, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
 from scorer import find_function, load_function, load_gsrm
 
@@ -63,7 +63,7 @@ def equal_steps(a: Step, b: Step) -> bool:
 
 def value_of(answer: str) -> Fraction | None:
     """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", 7/2 for "3 1/2 hours", None where there is none."""
-    numbers = re.findall(r"(?:(\d+) (?=-?\d+/[1-9]))?((?:(?<![\d)%])-)?(?:\d+/[1-9]\d*|\d*\.?\d+))", THOUSANDS.sub(r"\1", answer))          # (whole or "", the rest)
+    numbers = re.findall(r"(?:(\d+) (?=-?\d+/[1-9]))?((?:(?<![\d)%])-)?(?:\d+/[1-9]\d*|\d*\.?\d+))", THOUSANDS.sub(r"\1", answer[-MAX_FIELD:]))         # (whole or "", the rest)
     return Fraction(numbers[-1][1]) + int(numbers[-1][0] or 0) if numbers else None
 
 

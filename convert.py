@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from command import Parser, at_least, in_one_line, unique
+from command import Parser, at_least, ending, in_one_line, unique
 from data import INSTRUCTION, check_record, load_problems, split_completion
 from grade import final_answer
 
@@ -74,7 +74,7 @@ def openthoughts(row: Row) -> Row | str:
         problem, reply = text(turns[0], "value"), text(turns[1], "value").replace("<|begin_of_thought|>", "<think>").replace("<|end_of_thought|>", "</think>")
         trace, answer, domain = thought(reply), final_answer(reply), "math" if problem.startswith(ASKED) else "other"
     else:
-        problem, trace, domain = text(row, "problem"), text(row, "deepseek_reasoning"), text(row, "domain")
+        problem, trace, domain = text(row, "problem"), thought(text(row, "deepseek_reasoning") + "</think>"), text(row, "domain")
         answer = final_answer(str(row.get("ground_truth_solution") or "")) or final_answer(str(row.get("deepseek_solution") or ""))
     whole = {"problem": problem, "answer": answer, "teachers": [trace], "domain": domain}
     return whole if trace and answer else "no \\boxed{} answer" if trace else "not one closed thought"
@@ -86,6 +86,7 @@ def s1k(row: Row) -> Row | str:
     The answer is the solution's \boxed{}, or all of it where it is one short line, or the \boxed{} of DeepSeek's attempt where that was graded right."""
     solution, attempt = text(row, "solution"), str(row.get("deepseek_attempt") or "") if row.get("deepseek_grade") == "Yes" else ""
     teachers = [text(row, "deepseek_thinking_trajectory")] if "deepseek_thinking_trajectory" in row else sequence(row, "thinking_trajectories", str)
+    teachers = [trace for trace in teachers if not re.search("</?think>", trace)]
     answer = final_answer(solution) or (solution if "\n" not in solution and len(solution) <= 100 else final_answer(attempt))
     whole = {"problem": text(row, "question"), "answer": answer, "teachers": teachers, "domain": text(row, "cot_type")}
     return whole if teachers and answer else "no \\boxed{} or short answer" if teachers else "no thinking trajectory"
@@ -260,4 +261,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():                                                       # Ctrl-C
+        main()

@@ -28,12 +28,14 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from command import Parser, decoded, ending, one_line, put_aside, tell
 from parallel import use_device
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
+PROBE = "How many has Ann?\n\n  1,234 + x\u00b2 = \\frac{1}{2}; I'm \u4e2d\u6587 \u00fc <think>\n"         # what tokenizers cut in ways of their own
 
 # ------------------------------------------------------------------------------------------------ problems
 
@@ -193,14 +195,19 @@ def check_folder(path: str | Path, needs: str = "") -> None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer."""
+    """The tokenizer of a checkpoint folder (or hub name): a tiktoken.json if one lies there, else transformers' AutoTokenizer, unless tokenizer.json says otherwise: for some
+    types of model transformers puts a class's own rules in the place of the file's (a Llama checkpoint with byte-level words, in 5.17), or tokens of its own (Qwen2)."""
     check_folder(path, "" if any(Path(path).glob("*.json")) else "config.json")
     with one_line(path):
-        spec, config = Path(path) / "tiktoken.json", Path(path) / "config.json"
-        tokenizer = TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8"))) if spec.is_file() else AutoTokenizer.from_pretrained(path)
-        if not spec.is_file() and config.is_file() and len(tokenizer) > json.loads(config.read_text(encoding="utf-8")).get("vocab_size", len(tokenizer)):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)        # its files' own tokens: of a Qwen2 AutoTokenizer adds <|endoftext|>, room in the embedding or not
-        if not tokenizer.encode("1", add_special_tokens=False):              # what AutoTokenizer makes of a Qwen folder without tokenizer files
+        if (spec := Path(path) / "tiktoken.json").is_file():
+            return TiktokenTokenizer(json.loads(spec.read_text(encoding="utf-8")))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+            written = PreTrainedTokenizerFast.from_pretrained(path)
+            ids, again = (t.encode(PROBE, add_special_tokens=False) for t in (written, tokenizer))
+            if ids != again or written.decode(ids) != tokenizer.decode(ids) or written.get_vocab() != tokenizer.get_vocab():
+                tokenizer = written
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):                         # what AutoTokenizer makes of a Qwen folder without tokenizer files
             raise ValueError("its tokenizer knows no words: tokenizer files are missing")
         return tokenizer
 
@@ -337,6 +344,7 @@ def show(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["convert"]:                      # as a command it needs the converters; as a module it needs none
-        importlib.import_module("convert").main(sys.argv[2:])
+        with ending():                                   # Ctrl-C
+            importlib.import_module("convert").main(sys.argv[2:])
     else:
         show(sys.argv[1:])

@@ -179,12 +179,15 @@ def row_bucket(n: int) -> int:
 def attention(text: PretrainedConfig) -> tuple[int, int, int]:
     """(query heads, heads of keys and values, dimension of a head)."""
     heads = text.num_attention_heads
-    return heads, getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+    shared = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)                     # Falcon-7B
+    return heads, 1 if shared else getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes of one token's keys and values."""
+    """Bytes of one token's keys and values; DeepSeek-V2's and V3's are a short code of both."""
     text = config.get_text_config()
+    if code := getattr(text, "kv_lora_rank", None):
+        return text.num_hidden_layers * (code + text.qk_rope_head_dim) * itemsize
     _, kv_heads, head_dim = attention(text)
     return 2 * text.num_hidden_layers * kv_heads * head_dim * itemsize
 

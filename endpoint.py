@@ -52,12 +52,12 @@ def read_answer(body: bytes) -> Answer | None:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         first = ((choice.get("logprobs") or {}).get("content") or [None])[0]
-        top = {entry["token"]: float(entry["logprob"]) for entry in (first, *(first.get("top_logprobs") or ()))} if first else {}
+        top = {str(entry["token"]): float(entry["logprob"]) for entry in (first, *(first.get("top_logprobs") or ()))} if first else {}
         prompt, completion = (n if isinstance(n := usage.get(name), int) else 0 for name in ("prompt_tokens", "completion_tokens"))
         if (finish := str(choice.get("finish_reason"))) in ("error", "abort", "aborted", "cancelled", "content_filter", "insufficient_system_resource"):
             return None
         return Answer(plain(choice["message"].get("content") or ""), {"max_tokens": "length", "model_length": "length"}.get(finish, finish), top, (prompt, completion))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -80,7 +80,7 @@ class EndpointDown(ConnectionError):
 class Endpoint:
     """A model behind `url` (".../v1") as greedy `generate` and the judge's `p_yes`. At most `concurrency` requests at a time, `deadline` seconds per attempt.
     `top_logprobs`: of the judge's first token (some servers allow only 5; 0: read its text). `extra`: more fields of the body (None takes one out), or in JSON as NAME#{...}.
-    `stats`: requests (prompts sent), retries, failures by kind ("down" was not sent, "unclear" said neither yes nor no, "cut_off" at max_new_tokens),
+    `stats`: requests (prompts sent, again where a field was refused), retries, failures by kind ("down": not sent, "unclear": neither yes nor no, "cut_off" at max_new_tokens),
     prompt_tokens, completion_tokens, seconds. ValueError for a bad url or number, ImportError without openai."""
 
     def __init__(self, url: str, model: str, max_new_tokens: int, concurrency: int = 32, deadline: float = 120.0, retries: int = 4, backoff: float = 0.5,
@@ -118,7 +118,7 @@ class Endpoint:
         try:
             reply = self.runner.run(asyncio.wait_for(self.client.models.with_raw_response.list(), min(10.0, self.deadline)))
             return [str(entry["id"]) for entry in json.loads(reply.content)["data"]]
-        except (TimeoutError, self.openai.OpenAIError, ValueError, LookupError, TypeError):
+        except (TimeoutError, self.openai.OpenAIError, ValueError, LookupError, TypeError, RecursionError):
             return []
 
     def run(self, items: list[str], ask: Callable[[str], Awaitable[object]]) -> list:
@@ -171,8 +171,7 @@ class Endpoint:
     async def send(self, prompt: str, fields: dict[str, object], retries: int) -> Answer | Literal[False] | None:
         """One request and its retries. Garbage is a failure of the server, an empty text one of the prompt, and so are 400, 413 and 422; 401, 403, 404 meet all."""
         self.stats["requests"] += 1
-        fields = {self.budget if name == "max_tokens" else name: value for name, value in fields.items()}
-        body = {name: value for name, value in {"temperature": 0.0, **fields, **self.extra}.items() if value is not None}
+        body = {self.budget if name == "max_tokens" else name: value for name, value in {"temperature": 0.0, **fields, **self.extra}.items() if value is not None}
         for attempt in range(retries + 1):
             lives, asked, wait = False, 0.0, min(30.0, self.backoff * 2 ** attempt) * random.uniform(0.5, 1.0)
             try:
@@ -192,9 +191,9 @@ class Endpoint:
                 code, error, after = status.status_code, str(status), status.response.headers.get("retry-after", "")
                 kind, lives = "rate_limit" if code == 429 else "status_5xx" if code >= 500 else "status_4xx", code in (400, 413, 422)
                 asked = float(after) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", after) else 0.0
-                if kind == "status_4xx" and "logprobs" in fields and "logprob" in error.lower():
-                    self.top_logprobs = 0                # refused: the text must do
-                    return await self.send(prompt, {name: value for name, value in fields.items() if "logprobs" not in name}, retries)
+                if kind == "status_4xx" and fields.get("logprobs") and "logprob" in error.lower():
+                    self.top_logprobs = min(self.top_logprobs, 5 if fields["top_logprobs"] > 5 else 0)                # some allow 5; refused again, the text must do
+                    return await self.send(prompt, fields | {"logprobs": self.top_logprobs > 0 or None, "top_logprobs": self.top_logprobs or None}, retries)
                 if (name := str(status.param)) in body.keys() & {"max_tokens", "temperature"} and str(status.code).startswith("unsupported_"):       # OpenAI's reasoning models
                     self.count(f"no_{name}", f"takes no {name}" + ": its answers are sampled, and not the greedy ones" * (name == "temperature"))
                     self.budget, self.extra = ("max_completion_tokens", self.extra) if name == "max_tokens" else (self.budget, self.extra | {name: None})
@@ -301,7 +300,8 @@ def annotate(problems: list[Problem], endpoint: Endpoint, out: Path, retry_rejec
     with tqdm(total=len(tasks), initial=len(tasks.keys() & settled), unit="trace", mininterval=1.0) as bar:
         endpoint.run([key for key in tasks if key not in settled], settle)
     if retry_rejected and rejected.exists():             # the last word on each; what is annotated by now was rejected once and is no more
-        last = {(row.get("model"), row.get("key")): row for row in kept(rejected) if row.get("model") != endpoint.model or row.get("key") not in written(record)}
+        done = written(record).keys()
+        last = {(row.get("model"), row.get("key")): row for row in kept(rejected) if row.get("model") != endpoint.model or row.get("key") not in done}
         write_aside(rejected, lambda file: write_jsonl(file, list(last.values())))
     if not (rows := {key: row for key, row in written(record).items() if key in tasks}):
         raise ValueError(f"nothing could be annotated: {dict(endpoint.stats)}, last error: {endpoint.last_error or 'none, see ' + str(rejected)}")

@@ -28,6 +28,7 @@ import numpy as np
 MAX_ANSWER = 2000                      # characters: a longer final answer is wrong, a longer gold cannot be graded
 BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)    # \{ and \} are text, not grouping
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}/0{0,9}[1-9][0-9]{0,20}|[0-9]{0,30}\.[0-9]{1,30}|[0-9]{1,30})")
+LISTED = re.compile(rf"(?:{NUMBER.pattern},)+{NUMBER.pattern}")
 OPTION = re.compile(r"\W*(?:(?:the)?(?:correct)?(?:option|choice|answer)(?:is)?\W*(?:option)?\W*)?([A-J])(?:[])}.:*].*)?", re.IGNORECASE | re.DOTALL)   # B, (B) and its text
 NAMED = re.compile(r"\W*([A-J])\}?(?:\s+[-\u2013]\s+|\s*\u2014\s*|,\s+|\s*[({]\s*\(?)[A-Za-z]{3}")     # B - its text; not D-glucose, nor the difference B - x
 LABELS = re.compile(r"\W*([A-J])([]).:]).*[\s(](?!\1)[A-J]\2(?!\w)", re.DOTALL)          # (C) 1 (D) 2: another letter, labelled like the first
@@ -52,9 +53,9 @@ LARGE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "bi
 SCALED = re.compile(rf"""((?:\\?\$)?[+-]?)([0-9]{{1,30}}(?:\.[0-9]{{1,30}})?)                                                                              # 2.5 million dollars
     ((?:\s+(?:{'|'.join(LARGE)})(?![A-Za-z])){{1,3}})((?:\s+[A-Za-z]+)*)""", re.IGNORECASE | re.VERBOSE)
 WRAPPED = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mbox)\s*\{\s*((?:\\?\$)?[0-9][^{}\\]*)\}\s*")                                           # \text{18 dollars}
-UNICODE = str.maketrans({"\u2212": "-", "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", "\u20ac": "", "\u00a3": "", "~": " ", "\u2205": "\\emptyset ",
-                         "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
-                         **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",          # full width; braces group nothing
+UNICODE = str.maketrans({**dict.fromkeys("\u2212\u2013", "-"), "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", **dict.fromkeys("\u20ac\u00a3", ""), "~": " ",
+                         "\u2205": "\\emptyset ", "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}",
+                         "\u00be": "\\frac{3}{4}", **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",     # full width
                          **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")})                                                                # no width at all
 RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 LOWERED = str.maketrans(RAISED + "\u207b", "0123456789-")
@@ -135,6 +136,11 @@ def quick_word(gold: str, answer: str) -> str:
     same |= gold == answer or gold.isalpha() and len(gold) > 3 and gold.lower() == answer.lower()         # true, East; not the segment AB
     if same or not answer:
         return str(same)
+    if len(gold) > 3 and gold.isalpha() and answer.isalpha():            # left and felt: to math-verify a word is the product of its letters
+        return "False"
+    lists = [[Fraction(part) for part in text.split(",")] if LISTED.fullmatch(text) else [] for text in (gold, answer)]
+    if all(lists) and len(set(lists[0])) < len(lists[0]) and sorted(lists[0]) != sorted(lists[1]):         # 2, 2, 3 is more than 2, 3: math-verify compares sets
+        return "False"
     if option := re.fullmatch(r"\(?([A-J])\)?", gold):
         bare = re.sub(r"\\[A-Za-z]+", " ", raw)
         words = set(re.findall(r"[^\W_]+", bare)) - {"and", "or", "maybe", "wait", "no"}
@@ -200,11 +206,12 @@ def hear(worker: subprocess.Popen, seconds: float) -> str:
 
 
 def start() -> subprocess.Popen:
-    """A worker that has imported math-verify and compared once; RuntimeError says why there is none."""
+    """A worker that has imported math-verify and compared once; ImportError or ChildProcessError says why there is none."""
     pipe = subprocess.PIPE
     worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, process_group=0)     # Ctrl-C is the parent's
     if (word := hear(worker, START_SECONDS)) != "ready":
-        raise RuntimeError(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
+        kind = ImportError if word.startswith("missing") else ChildProcessError
+        raise kind(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
     return worker
 
 
@@ -228,7 +235,7 @@ def ask(pair: tuple[str, str], seconds: float) -> str:
 
 def grade_all(texts: list[str], answers: list[str], seconds: float = 5.0) -> list[bool | None]:
     """Is each completion's final answer right? True, False (no answer is wrong), or None where it could not be graded, counted in `grade_stats`.
-    One comparison may take `seconds`. ValueError on unequal lengths, RuntimeError without math-verify. POSIX; call it from one thread of one process."""
+    One comparison may take `seconds`. ValueError on unequal lengths, ImportError without math-verify. POSIX; call it from one thread of one process."""
     pairs = [(as_latex(gold), as_latex(final_answer(text) or "")) for text, gold in zip(texts, answers, strict=True)]
     words = {pair: quick_word(*pair) for pair in pairs}                  # equal answers of a group are compared once
     hard = [pair for pair, word in words.items() if not word]
@@ -254,12 +261,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def majority_at_k(answers: list[str | None], correct: list[bool | None], k: int, draws: int = 1000) -> float:
     """maj@k of one problem: how often the most frequent answer among k of its n samples is right, over all subsets or, if these are more, `draws` seeded ones
-    (verl draws with replacement). Votes go by normalised string, None does not vote, a tie is shared; NaN where no winner was graded, or nobody voted and nothing was."""
+    (verl draws with replacement). Right answers vote as one, in whatever notation, the others by normalised string; None does not vote, a tie is shared; NaN where no winner was
+    graded, or nobody voted and nothing was."""
     if len(correct) != len(answers) or not 1 <= k <= len(answers):
         raise ValueError(f"maj@k needs a verdict per answer and 1 <= k <= n, got {len(answers)} answers, {len(correct)} verdicts, k={k}")
     names = [None if a is None else normalise(a) for a in answers]
+    right = {name for name, verdict in zip(names, correct) if verdict}   # all equal the gold, in whatever notation
+    names = ["\0" if name in right else name for name in names]
     classes = sorted(set(names) - {None}) or [""]
-    graded = {name: float(right) for name, right in zip(names, correct) if right is not None}
+    graded = {name: float(verdict) for name, verdict in zip(names, correct) if verdict is not None}
     score = np.array([graded.get(c, np.nan) for c in classes])           # (C,)
     vote = np.array([[name == c for c in classes] for name in names])    # (n, C)
     if math.comb(len(names), k) <= draws:

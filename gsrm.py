@@ -24,6 +24,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 Pair = tuple[str, str, str]                              # (kind, teacher's text, student's text)
@@ -32,8 +34,7 @@ SameAnswer = Callable[[list[tuple[str, str]]], list[bool | None]]    # is the se
 
 # ------------------------------------------------------------------------------------------------ the step format: the one place that defines it
 
-KINDS = ("meta", "query", "answer")
-TAGS = {"meta": "Meta-reasoning", "query": "Sub-problem", "answer": "Answer"}
+KINDS, TAGS = ("meta", "query", "answer"), {"meta": "Meta-reasoning", "query": "Sub-problem", "answer": "Answer"}
 NO_STEPS = "[No steps]"                                  # what a decomposer writes for a trace in which nothing was done
 TAG = re.compile(r"(?:^[ \t]*(?:[-*>#]{1,6}|[0-9]{1,4}[.)])[ \t]+)?(?:\*\*)?\[\s*(?:(?P<meta>meta\W?reasoning)|(?P<query>sub\W?problem)|(?P<answer>answer))"
                  r"\s+(?P<number>[0-9]{1,4})\s*\](?:\*\*)?\s*[:\uff1a](?:\*\*)?", re.IGNORECASE | re.MULTILINE)          # Markdown about it is part of it
@@ -92,10 +93,10 @@ def parse_steps(text: str) -> Parsed:
 DECOMPOSE = "Write the steps of this reasoning.\n<problem>\n{problem}\n</problem>\n<trace>\n{trace}\n</trace>"
 JUDGE = "Do these two {kind} mean the same? Answer yes or no.\n1: {teacher}\n2: {student}"
 KIND_WORDS = {"meta": "reasons", "query": "problems", "answer": "answers"}
-# our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's, Mistral's, EXAONE's. "<" before n blanks must cost n, not n * n
+# our delimiters; special tokens: <|im_end|>, DeepSeek's full-width bars, Llama's, Gemma's, Mistral's, EXAONE's, MiniMax's. "<" before n blanks must cost n, not n * n
 DELIMITER = re.compile(r"<(?=\s*(?:/\s*)?(?:problem|trace|think|s|bos|eos|eo[adhmst]|pad|unk|mask|sys|(?:unused|reserved_|special_)[0-9]{1,4}|(?:start|end)_of_[a-z]{3,12}"
-                       r"|seed:[a-z_]{1,20}|tool_(?:call|response)|[se]op|fim_[a-z]{3,9})\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|BOS|EO[ST]|g?MASK|UNK|SYSTEM_PROMPT"
-                       r"|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)?|THINK|\|(?:user|assistant|system|tool|endofturn)\|)\])", re.IGNORECASE)
+                       r"|seed:[a-z_]{1,20}|tool_(?:call|response)|[se]op|fim_[a-z]{3,9}|[a-z_]{1,20}_token|[a-z_]{1,20}\|)\s*>|[|\uff5c])|\[(?=/?(?:INST|CLS|SEP|PAD|BOS|EO[ST]"
+                       r"|[a-z]?MASK|UNK|SYSTEM_PROMPT|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)?|THINK|\|[a-z]{3,12}\|)\]|e~\[)|\](?=~!?b[\[\]])", re.IGNORECASE)
 MAX_TRACE, MAX_FIELD = 60_000, 600                       # characters; a trace keeps its beginning, which is where following the teacher happens
 
 
@@ -192,12 +193,13 @@ DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]
 THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
 RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u2080-\u2089]+")            # superscript and subscript digits
+readings = lru_cache(maxsize=2)(lambda text: [words(t) for t in dict.fromkeys((text, THOUSANDS.sub(r"\1 ", text)))])       # 100,200 may be one number or two
 digest = lambda *parts: hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
 
 
 def variables(text: str) -> set[str] | None:
     """The letters in a text that is mathematical notation and nothing else; None for words, units of several letters, and what could be read in two ways."""
-    plain = THOUSANDS.sub(r"\1", text) if len(text) <= MAX_FIELD else ""
+    plain = THOUSANDS.sub(r"\1", text) if len(text) <= MAX_FIELD and all(head.count("}") <= head.count("{") for head in accumulate(text)) else ""       # 5}{7 reads as 5
     return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]", plain)) if NOTATION.fullmatch(plain) and not DOUBTFUL.search(plain) else None
 
 
@@ -250,9 +252,8 @@ def words(text: str) -> list[str]:
 
 
 def faithful(step: Step, trace: str) -> bool:
-    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words? 100,200 may be one number or two."""
-    answers, there = ([words(t) for t in dict.fromkeys((text, THOUSANDS.sub(r"\1 ", text)))] for text in (step.answer, trace))
-    there = set().union(*there)
+    """Does the step's answer occur in the trace: all of its numbers, and at least half of its words?"""
+    answers, there = readings(step.answer), set().union(*readings(trace))              # of a trace with many steps made once
     return any(all(w in there for w in ws if w[0].isdigit()) and 2 * sum(w in there for w in ws) >= len(ws) for ws in answers) if answers[0] else step.answer in trace
 
 
@@ -272,22 +273,21 @@ class GSRM:
     """Scores student traces against teacher traces. `generate`: prompts -> texts in the step format (None = an outage, "" = it cannot be had); `judge`: pairs -> p(same).
     Teacher structures and judgements are kept in `cache_path` (JSONL, by hash of their content and of `name` or `judge_name`): what was read or judged once is
     not asked again in a lifetime; failures are not kept. `stats` counts decompositions, judgements (pairs given to the judge; of these "symbolic" were decided by
-    the check of answers), cache hits of both, failures and seconds since it was last cleared."""
+    the check of answers), cache hits of both, failures, cut_traces (longer than MAX_TRACE) and seconds since it was last cleared."""
 
     def __init__(self, generate: Callable[[list[str]], list[str | None]], judge: Judge, cache_path: str | Path | None = None, name: str = "gsrm",
                  normalize: bool = True, min_words: int = 3, judge_name: str = "", stop: bool = True):
         self.generate, self.ask, self.name, self.normalize, self.min_words, self.stop = generate, judge, name, normalize, min_words, stop
         self.cache_path, self.judge_name = Path(cache_path) if cache_path else None, judge_name or name
         rows, self.stats = kept(self.cache_path) if self.cache_path else [], getattr(judge, "stats", Counter())
-        self.cache: dict[str, str] = {row["key"]: row["text"] for row in rows if {"key", "text"} <= row.keys()}
-        self.memo: dict[str, float] = {row["key"]: row["p"] for row in rows if {"key", "p"} <= row.keys()}
+        self.cache, self.memo = ({row["key"]: row[name] for row in rows if isinstance(row.get("key"), str) and isinstance(row.get(name), kind)}
+                                 for name, kind in (("text", str), ("p", int | float)))
 
     def __call__(self, problems: list[str], traces: list[str], teacher_traces: list[list[str]]) -> list[Score]:
         """One Score per (problem, student trace, its teacher's traces). A near-empty trace scores 0 without asking anybody. ValueError where the lists differ in length."""
         if not len(problems) == len(traces) == len(teacher_traces):
             raise ValueError(f"{len(problems)} problems, {len(traces)} traces, {len(teacher_traces)} lists of teacher traces: one of each is needed per completion")
-        started = time.time()
-        teachers = self.teachers(problems := [getattr(p, "problem", p) for p in problems], teacher_traces)
+        started, teachers = time.time(), self.teachers(problems := [getattr(p, "problem", p) for p in problems], teacher_traces)
         asked = [n for n, trace in enumerate(traces) if len(words(trace)) >= self.min_words]
         read = dict(zip(asked, self.decompose([problems[n] for n in asked], [traces[n] for n in asked])))
         todo = [n for n in asked if read[n] is not None]
@@ -330,7 +330,7 @@ class GSRM:
                 elif said.strip() and (parsed.steps or not parsed.dropped):
                     found[pt] = [s for s in parsed.steps if faithful(s, pt[1])]
                     self.stats["unfaithful_steps"] += len(parsed.steps) - len(found[pt])
-        self.stats.update(not_decomposed=sum(steps is None for steps in found.values()), outages=len(lost))
+        self.stats.update(not_decomposed=sum(steps is None for steps in found.values()), outages=len(lost), cut_traces=sum(len(trace) > MAX_TRACE for _, trace in pairs))
         return found, lost
 
     def judge(self, pairs: list[Pair]) -> list[float | None]:

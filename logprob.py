@@ -61,7 +61,7 @@ def _merge(part: Tensor) -> tuple[Tensor, Tensor]:
 def _statistics(x: Tensor, weight: Tensor, targets: Tensor, T: float, E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp and entropy in nats, log2 S and the anchor in log2 units, all (N,); E (N, V), if given, receives 2^d, clamped at 2^LIMIT."""
     (N, D), V, tiles = x.shape, len(weight), kernels.tile_sizes(x)
-    near = [(part.float() * weight[y].float()).sum(-1) for part, y in zip(x.split(2048), targets.split(2048), strict=True)]        # float32: a bf16 one may be far at a low T
+    near = [(part * weight[y].float()).sum(-1) for part, y in zip(x.split(2048), targets.split(2048), strict=True)]        # float32: a bf16 one may be far at a low T
     anchor = (torch.cat(near) * (LOG2E / T)).round()                                # whole, so that its rounding does not show
     hit, part = torch.empty_like(anchor), anchor.new_empty(3, triton.cdiv(V, tiles["BV"]), N)
     kernels.launch(kernels.forward_kernel, tiles, V, (x, weight), targets, anchor, hit, part, None if E is None else kernels.output_blocks(E, tiles), N, part[0].numel(),

@@ -1,11 +1,12 @@
 """LoRA (Hu et al. 2021): the student's weights stay, small matrices beside them are trained; as an option, through peft.
 
-    y = W x + (alpha / rank) * B (A x)                A (rank, in) random, B (out, rank) zero at first, both float32; W frozen, in the dtype of computing
+    y = W x + (alpha / rank) * B (A x)                A (rank, in) random, B (out, rank) zero at first, stored in float32; W frozen, in the dtype of computing
 
     python train.py --preset qwen1.5b --lora_rank 32 --lr 1e-5 ...      # pip install peft; a rate some ten times that of full fine-tuning
 
 The frozen start, which the KL is measured to, is the same model with the adapters off: no second copy. Checkpoints hold the adapters and their moments only,
-W comes from --model again. At the end model/ is W + (alpha / rank) * B A, a plain checkpoint, and adapter/ is what peft loads.
+W comes from --model again. In one process the adapters compute in float32, over several, or with --offload, in --dtype as the rest does.
+At the end model/ is W + (alpha / rank) * B A, a plain checkpoint, and adapter/ is what peft loads.
 Left out on purpose: adapters on the head or an embedding (logprob.py makes the log-probs from a plain head), quantised bases, sampling from merged weights.
 """
 from collections.abc import Iterator

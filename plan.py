@@ -76,7 +76,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal LM's sizes: parameters in all, in one layer, in no layer (embedding, norm, head), in adapters; D, I, V; pinned: each tensor rounded up to a power of two."""
+    """A causal LM: parameters in all, in one layer, in no layer (embedding, norm, head), in adapters; D, I, V; pinned: each up to a power of two; cached: numbers a token."""
     params: int
     layer: int
     rest: int
@@ -90,6 +90,7 @@ class Shape:
     head_dim: int
     positions: int
     pinned: int
+    cached: int
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -111,10 +112,9 @@ def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all
     linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
               and (names is None or name.split(".")[-1] in names)]
     text = config.get_text_config()
-    heads, kv_heads, head_dim = attention(text)
     adapters, I = sum(lora_rank * (m.in_features + m.out_features) for m in linear), getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), adapters, text.num_hidden_layers, text.hidden_size, I, text.vocab_size,
-                 heads, kv_heads, head_dim, getattr(text, "max_position_embeddings", 1 << 30), sum(1 << (p.numel() - 1).bit_length() for p in model.parameters()))
+                 *attention(text), getattr(text, "max_position_embeddings", 1 << 30), sum(1 << (p.numel() - 1).bit_length() for p in model.parameters()), cache_bytes(config, 1))
 
 
 def cache_tokens(gigabytes: float, per_token: int) -> int:
@@ -158,11 +158,11 @@ class Wave:
 
 def sampling(s: Shape, rows: int, prompts: int, prompt: int, new: int, cache_gb: float, b: int) -> Wave:
     """`prompts` different prompts are computed, then `rows` rows decode `new` tokens each."""
-    per_token, longest = 2 * s.layers * s.kv_heads * s.head_dim * b, prompt + new
+    per_token, longest = s.cached * b, prompt + new
     together = max(1, min(rows, MAX_ROWS, cache_tokens(cache_gb, per_token) // longest))
     decode = sum(max((b * s.params + n * (prompt + new / 2) * per_token) / BANDWIDTH, 2 * s.params * n / FLOPS) * new
                  for n in [together] * (rows // together) + [rows % together] * (rows % together > 0))
-    return Wave(rows, longest, together, together * longest * per_token, together * longest * 2 * s.heads * s.head_dim * b, together * s.V * (b + 16),
+    return Wave(rows, longest, together, together * longest * per_token, together * longest * 2 * s.heads * s.head_dim * b, together * s.V * 20,
                 decode + 2 * s.params * prompts * prompt / FLOPS)
 
 

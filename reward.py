@@ -7,6 +7,7 @@ Add a reward of your own in `score` (a list with a number or None per row) and i
 --structure_reward module:function, as `line_similarity` is one. None never becomes 0: the row is left out of its group and of the loss, and is counted.
 """
 import math
+import re
 from difflib import SequenceMatcher
 from typing import Protocol
 
@@ -36,7 +37,7 @@ def reward_weights(config: Settings) -> dict[str, float]:
 def format_reward(text: str, finished: bool) -> float:
     """1 for a finished completion of the form [<think>] trace </think> final, with a boxed final answer; else 0."""
     trace, final = split_completion(text)
-    boxed = final is not None and ("\\boxed{" in final or "\\fbox{" in final) and final_answer(text)
+    boxed = final is not None and re.search(r"\\(?:boxed|fbox)\s*\{", final) and final_answer(text)
     return float(bool(finished and boxed and "think>" not in final and "<think>" not in trace))
 
 

@@ -14,7 +14,8 @@ Left out on purpose: paged caches, servers, speculative decoding.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -64,6 +65,8 @@ class Sampler:
             raise ValueError("the model puts positions into its attention mask (ALiBi), which this sampler does not: choose one with rotary or learned positions")
         if "local" in getattr(model.config, "attention_layers", ()) or {"cache", "past_key_values"}.isdisjoint(signature(type(model).forward).parameters):
             raise ValueError(f"{model.config.model_type} has local attention or a state of its own in place of a cache: this sampler knows full attention only")
+        if "position_ids" not in signature(type(model).forward).parameters:
+            raise ValueError(f"{model.config.model_type} counts positions itself, so that a prompt beside a longer one would get others: choose one that takes position_ids")
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings", self.max_positions) < self.max_positions:
             raise ValueError("the model turns its positions otherwise once a row is long (longrope), so that a row's samples would depend on its company: choose another one")
@@ -97,7 +100,7 @@ class Sampler:
                     bar.update()
                     if on_finish:
                         on_finish(first + row, ids.tolist())
-                with torch.inference_mode():
+                with torch.inference_mode(), float_head(self.model):
                     waves = self._waves(rows, per_wave, longest, max_new_tokens, (temperature, top_p), ended)
         finally:
             for module, training in modes:
@@ -138,6 +141,30 @@ def predictors(model: PreTrainedModel, prompts: list[list[int]], completions: li
     return hidden[where], torch.tensor([token for c in completions for token in c], device=device)
 
 
+EXACT = {"cuda"}                                        # kinds of device on which the head's logits are float32, whatever the model computes in
+
+
+def float_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(n, V) float32 logits of hidden states (n, D), as logprob.py has them: not rounded to the operands' type, which moves a bfloat16 log-prob by up to 0.1 nats."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
+@contextmanager
+def float_head(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, a plain head of half precision gives float_logits. (Not on a CPU: there each token would copy the weight.)"""
+    head = model.get_output_embeddings()
+    plain = isinstance(head, torch.nn.Linear) and head.bias is None and "forward" not in vars(head)         # and no hook's
+    if ours := plain and model.device.type in EXACT and head.weight.dtype in (torch.bfloat16, torch.float16):
+        head.forward = lambda hidden: float_logits(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
+    try:
+        yield
+    finally:
+        if ours:
+            del head.forward
+
+
 def few_logits(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """((1, n) the first few token ids, (1, n, V) their logits) as logprob.py makes them: hidden @ weight.T."""
     ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
@@ -149,6 +176,8 @@ def check_head(model: PreTrainedModel) -> None:
     """ValueError where the model's logits are not hidden @ weight.T, for then the trainer's log-probs (logprob.py) would silently not be the sampler's:
     adapters on the head, a bias, a softcap, a logit scale."""
     head = model.get_output_embeddings()
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} does not say which part of it is the body under the head (base_model_prefix): choose another model")
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise ValueError(f"the head is {type(head).__name__}{' with a bias' if getattr(head, 'bias', None) is not None else ''}: the log-probs are made from a plain (V, D) "
                          "weight; merge adapters into it (peft: merge_and_unload), or choose a model without a bias there")
@@ -165,11 +194,17 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """Turns every dropout off, for training too (GPT-2's and OPT's configs have some): completions are sampled without, so with it the first ratio would not be 1, the KL to
-    the start not 0, and a resumed run another one."""
+    """Turns every dropout and router jitter off, for training too (GPT-2's and OPT's configs have some): completions are sampled without, so with it the first ratio would not
+    be 1, the KL to the start not 0, and a resumed run another one. ValueError where some is left: Falcon reads its config's at every pass."""
+    random = lambda module, name: "drop" in name or "jitter" in name or name == "p" and isinstance(module, torch.nn.Dropout)
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, float) and ("drop" in name or name == "p" and isinstance(module, torch.nn.Dropout))]:
-            setattr(module, name, 0.0)
+        vars(module).update({name: 0.0 for name, value in vars(module).items() if isinstance(value, float) and random(module, name)})
+    was = model.training
+    with torch.no_grad():
+        plain, training = (few_logits(model.train(mode))[1].float() for mode in (False, True))
+    model.train(was)
+    if not torch.allclose(plain, training, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
+        raise ValueError(f"{type(model).__name__} computes otherwise in training (a dropout that its config asks for): set it to 0 in config.json")
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -216,7 +251,7 @@ class TextModel:
         ids, model, result = [self.encode(p) for p in prompts], self.sampler.model, [None] * len(prompts)
         for rows in micro_batches([len(i) for i in ids], self.max_tokens):
             hidden, _ = predictors(model, [ids[n] for n in rows], [[0]] * len(rows))                        # (n, D): what predicts the next token
-            logits = (hidden @ model.get_output_embeddings().weight.T).float()                              # (n, V)
+            logits = float_logits(hidden, model.get_output_embeddings().weight)                             # (n, V)
             yes, no = (logits[:, answer].logsumexp(-1) for answer in self.answers)
             either, likeliest = (x - logits.logsumexp(-1) for x in (torch.logaddexp(yes, no), logits.amax(-1)))          # a model that is sure of nothing is taken at its word
             for n, p, clear in zip(rows, torch.sigmoid(yes - no).tolist(), ((either > math.log(1e-4)) | (likeliest < math.log(0.5))).tolist()):

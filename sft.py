@@ -261,8 +261,8 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
 
 def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: list[Pair], held_out: list[Pair], out: Path, start: Path | None) -> list[dict]:
     """Trains, from the checkpoint `start` if there is one, and writes the model into `out`; -> the losses of each epoch. Leave: asked to end, a checkpoint is written."""
-    steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
-    ends = {max(1, min(steps, round(e * len(pairs) / config.batch_size))): e for e in range(1, math.ceil(config.epochs) + 1)}          # the step that ends epoch e
+    after = lambda epochs: max(1, math.ceil(epochs * len(pairs) / config.batch_size - 1e-9))                                   # so many steps every pair has had its turn
+    steps, ends = after(config.epochs), {after(min(e, config.epochs)): min(e, config.epochs) for e in range(1, math.ceil(config.epochs) + 1)}
     measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
     optimizer, checkpoints = adamw(model), Checkpoints(out / "checkpoints", keep=1)
     state = load_checkpoint(start, model, optimizer) if start else {"step": 0, "epochs": [], "losses": []}

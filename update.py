@@ -172,7 +172,7 @@ def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, los
              "sampling/importance_sampling_ratio/mean", *(name for name in ("kl", "teacher_kl") if name in sums)]
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
-    largest = all_max(sums.get("sampling/sampling_logp_difference/max", 0.0))
+    largest = {name: all_max(sums.get(name, 0.0)) for name in ("sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max")}
     norm, tokens, every = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens"), means.pop("all")
     sound = math.isfinite(norm) and math.isfinite(total)
     stepped = sound and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
@@ -182,5 +182,4 @@ def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, los
     broken = stepped and not finite(model)                  # the optimiser's own arithmetic: a learning rate far too high, moments that have overflowed
     count = lambda name: every if name.startswith(("entropy", "clip_ratio")) else tokens
     means = {name: value / count(name) if count(name) else math.nan for name, value in means.items()}
-    return {"loss": total, **means, "sampling/sampling_logp_difference/max": largest, "grad_norm": norm,
-            "skipped_step": float(not stepped), "nonfinite": float(not sound or broken), "nonfinite_weights": float(broken)}
+    return {"loss": total, **means, **largest, "grad_norm": norm, "skipped_step": float(not stepped), "nonfinite": float(not sound or broken), "nonfinite_weights": float(broken)}

@@ -109,6 +109,7 @@ def test_openthoughts_in_both_configs() -> None:
     assert openthoughts({**META, "domain": "physics", "ground_truth_solution": "no box"}) == {**openthoughts(META), "answer": "5", "domain": "physics"}
     assert openthoughts({**META, "ground_truth_solution": None})["answer"] == "5"
     assert openthoughts({**META, "domain": "code", "ground_truth_solution": "def f(): ...", "deepseek_solution": "```python```"}) == "no \\boxed{} answer"
+    assert openthoughts({**META, "deepseek_reasoning": "I write </think> here"}) == "not one closed thought"                      # the teacher's text, not a broken row
     record = openthoughts(TALK)
     assert (record["answer"], record["teachers"], record["domain"]) == ("4", ["Two and two, so \\boxed{9}? No."], "math")
     code = [{"from": "user", "value": "Generate an executable Python function"}, TALK["conversations"][1]]
@@ -126,6 +127,8 @@ def test_s1k_in_both_versions() -> None:
     long = {**S1, "solution": "We start with a proof.\nIt goes on.", "deepseek_attempt": "hence \\boxed{9}"}
     assert s1k(long)["answer"] == "9" and s1k({**long, "deepseek_grade": "No"}) == s1k({**long, "deepseek_attempt": "hence 9"}) == "no \\boxed{} or short answer"
     assert s1k({**S1, "solution": "x" * 100})["answer"] == "x" * 100 and s1k({**S1, "solution": "x" * 101, "deepseek_grade": "No"}) == "no \\boxed{} or short answer"
+    assert s1k({**S1_FIRST, "thinking_trajectories": ["we <think> add", "And again."]})["teachers"] == ["And again."]
+    assert s1k({**S1, "deepseek_thinking_trajectory": "we <think> add"}) == "no thinking trajectory"
     assert s1k({**S1_FIRST, "thinking_trajectories": []}) == s1k({**S1_FIRST, "thinking_trajectories": None}) == "no thinking trajectory"
 
 

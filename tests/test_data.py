@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 import data
 from data import (
@@ -355,6 +355,41 @@ def word_level(folder: Path, special: dict[str, str], vocabulary: tuple[str, ...
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template="{{ messages[0].content }} :", **special).save_pretrained(folder)
     return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig])
+@pytest.mark.parametrize("rules", ["words", "bytes", "metaspace"])
+def test_a_tokenizer_reads_by_the_rules_of_its_file(rules: str, kind: type, tmp_path: Path) -> None:
+    """AutoTokenizer takes a class by the type of the model, and that class its own rules, whatever tokenizer.json says (of a Qwen2 folder in 5.24, of a Llama one in 5.17)."""
+    if rules == "words":
+        backend = Backend(models.WordLevel({word: i for i, word in enumerate(("<unk>", "<end>", "one", "two", "12", "345"))}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend, byte_level = Backend(models.BPE(unk_token="<unk>")), rules == "bytes"
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else pre_tokenizers.Metaspace()
+        backend.decoder = decoders.ByteLevel() if byte_level else decoders.Metaspace()
+        backend.train_from_iterator(["one two 12 345"] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<end>"], show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    config = kind(vocab_size=len(tok), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    tok.save_pretrained(tmp_path / "in")
+    data.save_model(*load_model(tmp_path / "in"), tmp_path / "out")
+    for text in ("one two 12 345", "two one"):
+        ids = tok.encode(text, add_special_tokens=False)
+        for folder in ("in", "out"):
+            again = load_tokenizer(tmp_path / folder)
+            assert again.encode(text, add_special_tokens=False) == ids and again.decode(ids) == tok.decode(ids) == text and len(again) == len(tok)
+
+
+@pytest.mark.parametrize("file, text", [("config.json", '{"model_type": "qwen2", "hidden_size": "64"}'), ("config.json", "[]"), ("tokenizer_config.json", "[]"),
+                                        ("config.json", '{"model_type": "qwen2", "num_attention_heads": 0}'), ("tokenizer_config.json", '{"eos_token": 5}'),
+                                        ("tiktoken.json", "[]"), ("tiktoken.json", '{"words": [1], "special": [2]}')])
+def test_fields_of_another_kind_end_in_one_line(file: str, text: str, tmp_path: Path) -> None:
+    hf = huggingface(tmp_path / "in")
+    tiny(len(hf)).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / file).write_text(text)
+    with pytest.raises(ValueError, match="in: cannot be loaded; save or copy it again"):
+        load_model(tmp_path / "in")
 
 
 def test_an_unknown_word_ends_nothing(tmp_path: Path) -> None:

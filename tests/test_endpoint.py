@@ -168,6 +168,14 @@ def test_what_is_no_chat_completion_is_no_answer(body: bytes) -> None:
     assert read_answer(body) is None
 
 
+@pytest.mark.parametrize("entry", ['{"token": null, "logprob": -0.1}', '{"token": 5, "logprob": -0.1}', '{"token": true, "logprob": -0.1}'])
+def test_a_token_that_is_no_text_says_neither_yes_nor_no(entry: str) -> None:
+    answer = read_answer(b'{"choices": [{"message": {"content": "yes"}, "logprobs": {"content": [%s]}}]}' % entry.encode())
+    assert read_p_yes(answer) == 1.0                                 # by its text
+    huge = b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"token": "a", "logprob": -1%s}]}}]}' % (b"0" * 400)
+    assert read_answer(huge) is None
+
+
 def test_an_answer_is_read_whole() -> None:
     body = json.dumps(completion("hi \ud800 there", {"hi": -0.5, "ho": -1.5}, "length", (11, 2))).encode()
     assert read_answer(body) == Answer("hi ? there", "length", {"hi": -0.5, "ho": -1.5}, (11, 2))
@@ -239,11 +247,23 @@ def test_a_server_that_leaves_log_probs_out_is_read_by_its_text(fake: Fake, make
 def test_a_server_that_refuses_log_probs_is_asked_without(status: int, fake: Fake, make: Callable[..., Endpoint]) -> None:
     fake.behave = lambda body: error(status, "top_logprobs is not supported") if "logprobs" in body else ok("No" if text_of(body) == "b" else "Yes")
     e = make(concurrency=1)
-    assert e.p_yes(["a", "b"]) == [1.0, 0.0] and [("logprobs" in body, "top_logprobs" in body) for body in fake.bodies] == [(True, True), (False, False), (False, False)]
-    assert e.p_yes(["b"]) == [0.0] and fake.hits == 4 and not e.stats["status_4xx"]
-    assert make(top_logprobs=0).p_yes(["a"]) == [1.0] and fake.hits == 5 and "logprobs" not in fake.bodies[-1]
+    assert e.p_yes(["a", "b"]) == [1.0, 0.0] and [(body.get("logprobs"), body.get("top_logprobs")) for body in fake.bodies] == [(True, 20), (True, 5), (None, None), (None, None)]
+    assert e.p_yes(["b"]) == [0.0] and fake.hits == 5 and not e.stats["status_4xx"]
+    assert make(top_logprobs=0).p_yes(["a"]) == [1.0] and fake.hits == 6 and "logprobs" not in fake.bodies[-1]
     fake.behave = lambda body: error(status, "logprobs")             # a refusal of something else, from a text request: a failure
-    assert e.p_yes(["a"]) == [None] and fake.hits == 6 and e.stats["status_4xx"] == 1
+    assert e.p_yes(["a"]) == [None] and fake.hits == 7 and e.stats["status_4xx"] == 1
+
+
+def test_a_server_that_gives_five_log_probs_is_asked_for_five(fake: Fake, make: Callable[..., Endpoint]) -> None:
+    fake.behave = lambda body: error(400, "top_logprobs must be at most 5") if body.get("top_logprobs", 0) > 5 else ok("No", top={"No": math.log(0.55), "Yes": math.log(0.45)})
+    e = make(concurrency=1)
+    assert e.p_yes(["a", "b"]) == pytest.approx([0.45, 0.45]) and [body["top_logprobs"] for body in fake.bodies] == [20, 5, 5] and not e.stats["no_logprobs"]
+
+
+def test_a_budget_behind_the_name_of_the_model_is_renamed_too(fake: Fake, make: Callable[..., Endpoint]) -> None:
+    fake.behave = lambda body: unsupported("max_tokens", "unsupported_parameter") if "max_tokens" in body else ok("fine")
+    assert make(model='m#{"max_tokens": 900}', concurrency=1).generate(["a", "b"]) == ["fine", "fine"]
+    assert fake.hits == 3 and [body.get("max_completion_tokens") for body in fake.bodies] == [None, 900, 900]
 
 
 def unsupported(param: object, code: object, message: str = "Unsupported parameter") -> Reply:

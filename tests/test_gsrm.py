@@ -461,7 +461,7 @@ def test_prompt_target_and_parser_agree() -> None:
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
             "<|\0im_end|>", "<\0|im_end|>", "\0<|im_end|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
             "<tool_call>", "</tool_call>", "<sop>", "<fim_prefix>", "[gMASK]", "[EOS]", "[AVAILABLE_TOOLS]", "[/TOOL_RESULTS]", "<seed:eos>", "<end_of_utterance>",
-            "<start_of_image>", "<eoa>", "<reserved_106>", "<SPECIAL_10>"]
+            "<start_of_image>", "<eoa>", "<reserved_106>", "<SPECIAL_10>", "<turn|>", "<channel|>", "<BOS_TOKEN>", "[sMASK]", "[e~[", "]~b]", "]~!b["]
 DELIMITERS = ["</trace>", "<trace>", "</problem>", "<problem>", "</think>", "<think>", "< /trace >", "</TRACE>", "</ trace\n>", "<\0/trace>", "</tr\0ace>"]
 STEP_TAGS = ["[Answer 1]:", "[answer 1]", "[Meta-reasoning 2]:", "[ SUB-PROBLEM 3 ]:", "[meta reasoning 1]:", NO_STEPS, "[\0Answer 1]:", "[No steps ]",
              "[\nAnswer 2]:"]
@@ -915,7 +915,7 @@ def test_the_symbolic_check_decides_only_what_it_read_both_ways_round() -> None:
 
 
 @pytest.mark.parametrize("text", ["in the middle", "Ann plus Max", "5 cm", "12 apples", "sqrt(2)", "x = 5", "16-3-4=9", "2 1/2", "1 000", "3(4)", "(2)(3)", "3/4x", "1/2x",
-                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "",
+                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "5}{7", "{5}}{7", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "",
                                   "1" * (MAX_FIELD + 1), "1,000+" * 101 + "1", "五"])
 def test_what_is_not_plainly_mathematics_never_reaches_the_checker(text: str) -> None:
     same_answer, asked = checker({})
@@ -973,11 +973,11 @@ def test_exact_judge() -> None:
 def test_a_judge_of_numpy_numbers_and_a_cache_with_odd_lines(tmp_path: Path) -> None:
     """Numbers that JSON does not know are kept as numbers; lines that are no line of this cache are passed over; texts that are too few are an error, not unreadable traces."""
     cache = tmp_path / "cache.jsonl"
-    cache.write_text('{"text": "x"}\n{"p": 1}\n' + "[" * 100_000 + '\n{"key": "k", "text": "t"}\n')
+    cache.write_text('{"text": "x"}\n{"p": 1}\n' + "[" * 100_000 + '\n{"key": "k", "text": "t"}\n{"key": ["a"], "text": "t"}\n{"key": "b", "text": 5}\n{"key": "c", "p": "yes"}\n')
     judge = lambda pairs: [np.float32(p) for p in exact_judge(pairs)]
     first = GSRM(Reader(), judge, cache)(["p"], [text_of(OTHER)], [[T]])
     again = GSRM(Reader(), lambda pairs: pytest.fail("what is kept was asked again"), cache)
-    assert again(["p"], [text_of(OTHER)], [[T]])[0].value == first[0].value and again.cache["k"] == "t"
+    assert again(["p"], [text_of(OTHER)], [[T]])[0].value == first[0].value and again.cache["k"] == "t" and "b" not in again.cache and "c" not in again.memo
     with pytest.raises(ValueError, match="shorter"):
         GSRM(lambda prompts: [], exact_judge)(["p"], [T], [[T]])
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from test_train import ROOT, SMALL, config, data, weights  # noqa: F401
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconConfig, Qwen2Config
 
 import eval as evaluation
 import parallel
@@ -51,6 +51,15 @@ def test_cache_bytes_are_those_of_a_cache():
     cache = model(input_ids=torch.arange(300, 310)[None], use_cache=True).past_key_values
     assert sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) == 10 * plan.cache_bytes(model.config, 4)
     assert plan.cache_bytes(plan.read_config("Qwen/Qwen2.5-Math-1.5B"), 2) == 2 * 28 * 2 * 128 * 2 == 28_672
+    assert plan.cache_bytes(DeepseekV3Config(), 2) == 61 * (512 + 64) * 2 == 70_272
+    assert plan.cache_bytes(FalconConfig(hidden_size=4544, num_attention_heads=71), 2) == 2 * 32 * 64 * 2 == 8_192
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    latent = dict(intermediate_size=32, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+                  num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_shared_experts=1)
+    for kind in (FalconConfig(**small, multi_query=True), FalconConfig(**small, multi_query=False), DeepseekV3Config(**small, **latent)):
+        cached = AutoModelForCausalLM.from_config(kind).eval()
+        cache = cached(input_ids=torch.arange(10)[None], use_cache=True).past_key_values
+        assert sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) == 10 * plan.cache_bytes(kind, 4) == 40 * plan.shape(kind).cached
 
 
 def saved_bytes(model, tokens):
@@ -160,8 +169,8 @@ def test_what_is_shared_out_is_shared_out():
 @pytest.mark.parametrize("preset, flags, says", [
     ("qwen1.5b", (), ["1,543.71M", "64 problems x 8 = 512 rollouts a step", "170 rows at a time, 4 wave(s)", "\nfits in 80 GB", "Qwen2.5-7B-Instruct assumed, give --gsrm"]),
     ("qwen1.5b", ("--gradient_checkpointing", "False", "--gpu_memory_gb", "48"),
-     ["does not fit in 48 GB", "--gradient_checkpointing True                65.1 GB, not enough alone",
-      "--gradient_checkpointing True --cache_gb 10 --max_tokens 8192 --offload True   31.1 GB, fits"]),
+     ["does not fit in 48 GB", "--gradient_checkpointing True                65.2 GB, not enough alone",
+      "--gradient_checkpointing True --cache_gb 10 --max_tokens 8192 --offload True   31.2 GB, fits"]),
     ("qwen1.5b", ("--gsrm", "Qwen/Qwen2.5-1.5B-Instruct", "--judge", "Qwen/Qwen2.5-1.5B-Instruct"),
      ["Qwen/Qwen2.5-1.5B-Instruct, Qwen/Qwen2.5-1.5B-Instruct: 3,087.43M parameters in each process"]),
     ("qwen1.5b", ("--max_new_tokens", "3500"), ["the model has 4096 positions: --max_new_tokens 3072"]),

@@ -1,4 +1,5 @@
 """Numbers for rollout.py: a one-token-at-a-time twin, exact probabilities, and the silent defects of sampling. `python -m pytest tests/test_rollout.py`"""
+import copy
 import gc
 import math
 import random
@@ -15,12 +16,15 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
+    MBartConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -672,6 +676,63 @@ def test_dropout_is_off_in_training_too(config) -> None:
         assert not torch.equal(net.train()(ids).logits, net(ids).logits)                          # such configs have some
         without_dropout(net)
         assert torch.equal(net.train()(ids).logits, net.eval()(ids).logits)
+
+
+def test_router_jitter_is_off_too_and_a_dropout_that_stays_is_refused() -> None:
+    common = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    net, ids = AutoModelForCausalLM.from_config(MixtralConfig(**common, intermediate_size=64, num_key_value_heads=2, router_jitter_noise=0.5)), torch.arange(2, 20)[None]
+    with torch.no_grad():
+        assert not torch.equal(net.train()(ids).logits, net(ids).logits)
+        without_dropout(net.eval())
+        assert not net.training and torch.equal(net.train()(ids).logits, net.eval()(ids).logits)
+    with pytest.raises(ValueError, match="FalconForCausalLM computes otherwise in training"):       # it reads config.hidden_dropout at every pass
+        without_dropout(AutoModelForCausalLM.from_config(FalconConfig(**common, hidden_dropout=0.5)))
+    without_dropout(AutoModelForCausalLM.from_config(FalconConfig(**common)))
+
+
+def test_models_without_a_place_for_positions_or_without_a_body_are_refused() -> None:
+    with pytest.raises(ValueError, match="mbart counts positions itself"):
+        Sampler(AutoModelForCausalLM.from_config(MBartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64,
+                                                             max_position_embeddings=64, is_decoder=True)), STOPS, PAD)
+    bare = AutoModelForCausalLM.from_config(model().config)
+    type(bare).base_model_prefix, was = "", type(bare).base_model_prefix
+    try:
+        with pytest.raises(ValueError, match="does not say which part of it is the body"):
+            check_head(bare)
+    finally:
+        type(bare).base_model_prefix = was
+
+
+def half(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(model().config).bfloat16().eval()
+
+
+def test_logits_of_half_precision_are_not_rounded_on_their_way_to_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here the CPU plays one. The sampler's log-probs are then the trainer's but for the bodies' own rounding."""
+    net, off = half(0), {}
+    with torch.no_grad():
+        net.lm_head.weight.mul_(20)                                                           # logits of tens, as real models have them: 0.1 apart in bfloat16
+    for place in ("cuda", "cpu"):
+        monkeypatch.setattr(R, "EXACT", {place})
+        rollout = Sampler(net, set(), PAD, static=False).generate(PROMPTS, 8, 6, 1.0)
+        rows = range(len(rollout.lengths))
+        with torch.no_grad():
+            hidden, targets = predictors(net, [PROMPTS[n // 8] for n in rows], [rollout.completion(n) for n in rows])
+        exact = torch.log_softmax(hidden.double() @ net.lm_head.weight.double().T, -1).gather(1, targets[:, None])[:, 0]
+        off[place] = (rollout.logp[rollout.mask] - exact).abs().median().item()
+        assert "forward" not in vars(net.lm_head) and net(input_ids=torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+    assert off["cpu"] < off["cuda"] / 2, off
+
+
+def test_a_judge_in_half_precision_is_not_rounded_to_even_chances() -> None:
+    whole, tok = text_model(1), text_tokenizer()
+    net = copy.deepcopy(whole.sampler.model).bfloat16()
+    lm = TextModel(Sampler(net, STOPS, PAD), partial(chat_ids, tok), tok.encode, tok.decode, 4, max_tokens=1)          # each text alone, as below
+    for text, p in zip(TEXTS, lm.p_yes(TEXTS)):
+        with torch.no_grad():
+            logits = predictors(net, [chat_ids(tok, text)], [[0]])[0].double() @ net.lm_head.weight.double().T
+        assert p == pytest.approx(torch.sigmoid(logits[0, lm.answers[0]].logsumexp(0) - logits[0, lm.answers[1]].logsumexp(0)).item(), abs=1e-5)
 
 
 def test_alibi_is_refused() -> None:

@@ -169,8 +169,8 @@ def test_the_entropy_is_that_of_all_tokens_spreadless_groups_too(data):
     wanted = float(rollout.entropy[rollout.mask].mean())
     assert ["kl" in m for m in seen] == [False, True]                        # without a reference none was measured
     nothing = train.update(model, ref, torch.optim.SGD(model.parameters(), lr=0.0), prompts, rollout, 0 * adv, ~scored, cfg)
-    assert {name for name, value in nothing.items() if math.isnan(value)} == {*seen[1]} - {"loss", "grad_norm", "skipped_step", "nonfinite", "nonfinite_weights",
-                                                                                          "sampling/sampling_logp_difference/max"} and nothing["skipped_step"] == 1
+    always = {"loss", "grad_norm", "skipped_step", "nonfinite", "nonfinite_weights", "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max"}
+    assert {name for name, value in nothing.items() if math.isnan(value)} == {*seen[1]} - always and nothing["skipped_step"] == 1
     assert [m["entropy"] for m in seen] == pytest.approx([wanted] * 2, rel=1e-5) and wanted != pytest.approx(float(rollout.entropy[:2][rollout.mask[:2]].mean()), rel=1e-2)
 
 
@@ -190,6 +190,7 @@ def test_the_ratio_is_to_what_the_trainer_itself_said_first(data, level):
         first, second = update(), update()
         assert torch.allclose(old[rollout.mask], truth[rollout.mask], atol=2e-5) and first["clip_ratio/region_mean"] == 0 < second["clip_ratio/region_mean"]
         assert first["sampling/sampling_logp_difference/mean"] == pytest.approx(float((truth - rollout.logp).abs()[rollout.mask].mean()), abs=2e-5)
+        assert first["sampling/importance_sampling_ratio/max"] == pytest.approx(float((truth - rollout.logp).exp()[rollout.mask].max()), rel=1e-4)
         assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(float((truth - rollout.logp).exp()[rollout.mask].mean()), rel=1e-4)
         outcomes[noise] = [p.detach().clone() for p in model.parameters()], second["loss"], second["grad_norm"]
     assert all(torch.equal(a, b) for a, b in zip(outcomes[0.0][0], outcomes[0.3][0])) and outcomes[0.0][1:] == outcomes[0.3][1:]
@@ -272,7 +273,7 @@ def test_cursor_goes_through_every_problem_each_epoch():
 
 @pytest.mark.parametrize("text,finished,worth", [
     ("a</think>\n\\boxed{4}", True, 1), ("<think>a</think>\\boxed{4}", True, 1), ("a</think>\n\\boxed{4}", False, 0), ("a \\boxed{4}", True, 0),
-    ("a</think>\\boxed{4", True, 0), ("a</think>\\boxed{}", True, 0), ("a</think>\\fbox{4}", True, 1), ("a</think><answer>4</answer>", True, 0),
+    ("a</think>\\boxed{4", True, 0), ("a</think>\\boxed{}", True, 0), ("a</think>\\fbox{4}", True, 1), ("a</think>\\boxed {4}", True, 1), ("a</think><answer>4</answer>", True, 0),
     ("a</think>4", True, 0), ("a</think>b</think>\\boxed{4}", True, 0), ("a<think>b</think>\\boxed{4}", True, 0)])
 def test_format_reward(text, finished, worth):
     assert reward.format_reward(text, finished) == worth
