@@ -188,8 +188,8 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: b
 # ------------------------------------------------------------------------------------------------ the judge and the model
 
 NOTATION = re.compile(r"(?:\\(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|infty|sin|cos|tan|log|ln|[%{},!])|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[-0-9+*/^(){}\[\].,%$ ])+")
-# what a reader of LaTeX takes otherwise than its writer may have meant: 2 1/2, 3(4), 3/4x, \sqrt 12, 2^3^2, and 1,5
-DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
+# what a reader of LaTeX takes otherwise than its writer may have meant: 2 1/2, 3(4), 3/4x, \sqrt 12, \log 2, 2^3^2, and 1,5
+DOUBTFUL = re.compile(r"[0-9] +[0-9]|[0-9)] *\(|/ *[0-9]* *[A-Za-z(\\]|\\(?:[dt]?frac|sqrt|sin|cos|tan|log|ln) *[0-9]|\\log|\^ *\{?\w+\}? *\^|[0-9],[0-9]")
 THOUSANDS = re.compile(r"([0-9])(?:,|,\\!|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+|[^\W\d_]")
 RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u2080-\u2089]+")            # superscript and subscript digits

@@ -915,7 +915,7 @@ def test_the_symbolic_check_decides_only_what_it_read_both_ways_round() -> None:
 
 
 @pytest.mark.parametrize("text", ["in the middle", "Ann plus Max", "5 cm", "12 apples", "sqrt(2)", "x = 5", "16-3-4=9", "2 1/2", "1 000", "3(4)", "(2)(3)", "3/4x", "1/2x",
-                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "5}{7", "{5}}{7", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "",
+                                  "\\sqrt 12", "\\frac12", "2^3^2", "1,5", "\\log(x)", "5}{7", "{5}}{7", "3:4", "5 < 6", "101_2", "not 5", "\\boxed{5}", "5\n6", "\\text{no}", "",
                                   "1" * (MAX_FIELD + 1), "1,000+" * 101 + "1", "五"])
 def test_what_is_not_plainly_mathematics_never_reaches_the_checker(text: str) -> None:
     same_answer, asked = checker({})
