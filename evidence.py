@@ -40,6 +40,9 @@ BEYOND = (   # what we asked besides, or added
     ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", ALONE, "sampled"),
     ("... and without guesses", "rlkd", ALONE, "found@1"),
     ("GRPO on the outcome alone at weight 1 beats GRPO at the preset's weights", ALONE, "grpo", "sampled"),
+    ("With the outcome at weight 1 in both, the structure reward (the true one, weight 1) adds accuracy", "structure : outcome 1", ALONE, "sampled"),
+    ("... and on larger problems", "structure : outcome 1", ALONE, "larger"),
+    ("... and on a wording never seen", "structure : outcome 1", ALONE, "other"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
@@ -71,7 +74,8 @@ BEYOND = (   # what we asked besides, or added
     ("GDPO beats the plain sum of the rewards", "rlkd, true structure", "plain sum", "sampled"),
     ("The structure reward over the teacher's number of steps beats the raw sum (both in a plain sum)", "plain sum", "plain sum of raw", "sampled"),
     ("The preset's structure : outcome 4 beats 1", "rlkd, true structure", "structure : outcome 1", "sampled"),
-    ("From the base, RLKD beats on-policy distillation (which breaks that student: most samples end without a step)", "rlkd", "distillation", "sampled"),
+    ("... and on larger problems", "rlkd, true structure", "structure : outcome 1", "larger"),
+    ("From the base, RLKD beats on-policy distillation (which breaks that student: in most seeds most samples end without a step)", "rlkd", "distillation", "sampled"),
     ("... and GRPO with that distillation (which breaks it in most seeds)", "rlkd", "grpo + distillation", "sampled"),
     ("RLKD from the base beats on-policy distillation after SFT", "rlkd", "sft 512 -> distillation", "sampled"),
 )
@@ -187,7 +191,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
             made[f"study-{regime}-{name}"] = arms_table(runs, regime, mine, {places[m]: METRICS[m].replace("@64", "@16") for m in METRICS})
         made[f"study-{regime}-gains"] = against_table(runs, regime, mine, "grpo", named("sampled", "greedy", "found@1", "found@64", "structure", "choice", "larger", "other"))
         made[f"study-{regime}-rewards"] = against_table(runs, regime, [arm for arm in REWARDS if arm in arms], "rlkd, true structure",
-                                                        named("sampled", "greedy", "found@1", "structure", "choice", "paths", "length"))
+                                                        named("sampled", "greedy", "found@1", "structure", "choice", "paths", "length", "larger"))
         made[f"study-{regime}-reader"] = reader_table(runs, regime)
     made["study-claims"], made["study-beyond"], made["study-levels"] = verdicts(runs, CLAIMS), verdicts(runs, BEYOND), levels_table(runs, LEVELS)
     made["study-levels-elsewhere"] = elsewhere_table(runs, LEVELS)
