@@ -48,7 +48,8 @@ def test_one_step_of_each_family_with_its_own_tokenizer(kind: str, template: str
     moved = float((after.model.embed_tokens.weight - before.model.embed_tokens.weight).detach().abs().max())
     assert type(after).config_class is CONFIGS[kind] and after.model.embed_tokens.weight.shape[0] == after.lm_head.weight.shape[0] == size and moved > 1e-4
     assert (after.lm_head.weight.data_ptr() == after.model.embed_tokens.weight.data_ptr()) is tied is after.config.tie_word_embeddings
-    assert (same.chat_template == tok.chat_template and same.get_vocab() == was.get_vocab()
+    assert (same.chat_template == tok.chat_template and was.get_vocab() == tok.get_vocab()
+            and set(same.get_vocab().items()) - set(tok.get_vocab().items()) <= {("<|endoftext|>", len(tok))}          # AutoTokenizer's own, of a Qwen2
             and (same.eos_token, same.pad_token, same.bos_token) == (tok.eos_token, tok.pad_token, tok.bos_token))
 
     words = "Ünï 47 <think>so</think>\n\\boxed{12}"
