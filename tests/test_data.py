@@ -502,6 +502,16 @@ def test_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
     assert "cannot be loaded; save or copy it again (" in refused(folder)
 
 
+@pytest.mark.parametrize("part", ["pre_tokenizer", "model", "decoder", "normalizer"])
+def test_a_tokenizer_file_with_a_part_that_is_not_known_here(tmp_path: Path, part: str) -> None:
+    """As a newer version of `tokenizers` writes it: that library raises a bare Exception."""
+    folder = checkpoint(tmp_path / "model")
+    (folder / "tiktoken.json").unlink()
+    spec = json.loads(Backend(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a")).to_str()) | {part: {"type": "FromTomorrow"}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert "cannot be loaded; save or copy it again (" in refused(folder)
+
+
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     """transformers fills them with random numbers and goes on."""
     folder = checkpoint(tmp_path / "model")
