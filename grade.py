@@ -35,8 +35,9 @@ LABELS = re.compile(r"\W*([A-J])([]).:]).*[\s(](?!\1)[A-J]\2(?!\w)", re.DOTALL) 
 THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+"
 GROUPED = re.compile(rf"[+-]?\s*(?:{THOUSANDS}|[1-9][0-9]{{0,2}}(?: [0-9]{{3}})+)(?:\.[0-9]+)?")
 UNGLUED = re.compile(rf"{THOUSANDS}$|.*(?:(?<!\\)[(\[]|\\(?:\{{|langle))", re.DOTALL)     # normalise's own case, and tuples, intervals, sets
-REPEATING = re.compile(r"(?<![0-9])([0-9]{0,15})\.([0-9]{0,15})\\(?:overline|bar)\s*(?:\{([0-9]{1,15})\}|([0-9]))")
-BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")                       # 52_8: math-verify passes over the base
+REPEATING = re.compile(r"(?<![0-9])([0-9]{0,15})\.([0-9]{0,15})\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,15})\}|([0-9]))")
+BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?\(?([0-9]+)\)?\}?")            # 52_8, (52)_8: math-verify passes over the base
+RATIO = re.compile(r"(?:[^:=]+=)?([^:=]+(?::[^:=]+){2,})")              # 1:2:3, which math-verify takes for (1/2)/3
 # in front of what a unit's name is not: 5 million dollars, 5 mod 7, 2 sin x
 NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)ths?|and|over|plus|minus
     |mod|modulo|choose|factorial|squared|cubed|(?:more|less)\ than|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?
@@ -44,6 +45,8 @@ NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
+UNITS = re.compile(rf"""(?<=[0-9}}])(?:\\[\ ,;:]|[\s~])*\\(?:text|textrm|mbox|mathrm)\s*\{{(?:\\?[\ ,;:~])*(?!(?i:{NO_UNIT})\b|e\^)(?=[A-Za-z~\ ]*[\\^/*])
+    [A-Za-z](?:\\?[\ ,;:~]|\\cdot|[/*]|[A-Za-z]|\^-?[0-9]|\^\{{-?[0-9]\}})*\}}$""", re.VERBOSE)           # m\,s^{{-1}}, kg\cdot m/s^2
 MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\s*\{{\s*               # 12\text{{ or 13}}, 18\text{{ million}}: no unit either
     (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
 STYLED = re.compile(r"\\(?:math(?:bf|rm|it|sf)|boldsymbol|bm|pmb|underline)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}$")      # around all that follows
@@ -52,9 +55,9 @@ COLOUR = re.compile(r"\\(?:text)?color\s*(?:\[[A-Za-z]+\]\s*)?\{[^{}]*\}")      
 LARGE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALED = re.compile(rf"""((?:\\?\$)?[+-]?)([0-9]{{1,30}}(?:\.[0-9]{{1,30}})?)                                                                              # 2.5 million dollars
     ((?:\s+(?:{'|'.join(LARGE)})(?![A-Za-z])){{1,3}})((?:\s+[A-Za-z]+)*)""", re.IGNORECASE | re.VERBOSE)
-WRAPPED = re.compile(r"\s*\\(?:text(?:bf|it|rm)?|mbox)\s*\{\s*((?:\\?\$)?[0-9][^{}\\]*)\}\s*")                                           # \text{18 dollars}
-UNICODE = str.maketrans({**dict.fromkeys("\u2212\u2013", "-"), "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", **dict.fromkeys("\u20ac\u00a3", ""), "~": " ",
-                         "\u2205": "\\emptyset ", "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}",
+WRAPPED = re.compile(r"^\s*\\(?:text(?:bf|it|rm)?|mbox)\s*\{\s*((?:\\?\$)?[0-9][^{}\\]*)\}\s*$")                                           # \text{18 dollars}
+UNICODE = str.maketrans({**dict.fromkeys("\u2212\u2013", "-"), "\u00b7": "\\cdot ", "\u221e": "\\infty ", "\u00b0": "^\\circ ", **dict.fromkeys("\u20ac\u00a3\u00a5\u20b9", ""),
+                         "~": " ", "\u2205": "\\emptyset ", "\u00a0": " ", "\u202f": " ", "\u2044": "/", "\u3002": ".", "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}",
                          "\u00be": "\\frac{3}{4}", **{chr(0xff01 + i): chr(0x21 + i) for i in range(94)}, "\uff0c": ", ", "\uff5b": "\\{", "\uff5d": "\\}",     # full width
                          **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff")})                                                                # no width at all
 RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
@@ -85,21 +88,21 @@ def as_latex(answer: str) -> str:
     a longer answer, 1e-3, repeating decimals as fractions, units (it reads past \\text{ eggs}, not past eggs)."""
     if len(answer) > MAX_ANSWER:
         return answer
-    if wrapped := WRAPPED.fullmatch(answer):
-        answer = wrapped[1]
+    answer = WRAPPED.sub(r"\1", answer)
     if re.search(r"[0-9})]\s*\\mathrm\s*\{\s*~", answer):             # 75 \mathrm{~km} / \mathrm{h}: units as texts are read past
         answer = re.sub(r"\\mathrm(?![a-zA-Z])", r"\\text", answer)
-    answer = COLOUR.sub("", answer).replace("{:}", ":")
+    answer = re.sub(r"\\degree(?![a-zA-Z])", r"^\\circ", COLOUR.sub("", answer).replace("{:}", ":"))
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
+    text = UNITS.sub(r"\\text{ unit}", text.strip())
     text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
-    text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248|(?:approximately|about|around)\s)\s*", "", text)
+    text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248|\\pounds(?![a-zA-Z])|(?:approximately|about|around|USD|EUR|GBP|Rs\.?)\s)\s*", "", text)
     text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\s*\{\s*i\s*\}", "i", text)          # upright, no unit
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!\s*)(?=[0-9]{3}(?![0-9]))", "", text)
     if not UNGLUED.match(text):                                          # x = 58,500, but not x^2,100 nor 1,234,5
         text = re.sub(rf"(?<![0-9,._^]){THOUSANDS}(?!,?[0-9])", lambda number: number[0].replace(",", ""), text)
-    text = REPEATING.sub(repeating, text)
+    text = both_signs(REPEATING.sub(repeating, text))
     if scaled := SCALED.fullmatch(text.strip()):
         text = f"{scaled[1]}{Decimal(scaled[2]) * math.prod(LARGE[word] for word in scaled[3].lower().split()):f}{scaled[4]}"
     bare = re.sub(r"(?:\\[ ,;]|\s)*\\?%$", "", text)                    # of a plain number quick_word takes it away
@@ -107,6 +110,22 @@ def as_latex(answer: str) -> str:
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text)
     text = re.sub(r"\u221a *([0-9A-Za-z]+)|(?<!\\)(?:\u221a *|\bsqrt)\(([^()]*)\)", r"\\sqrt{\1\2}", text)
     return UNIT.sub(r"\\text{ \1}", re.sub(r"^([+-]?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}", re.sub(r"(?<!\\)\\(?:[ ;:]|$)", " ", text).strip()))
+
+
+def both_signs(text: str) -> str:
+    """Each entry of a list with a \\pm inside a group as two entries, \\frac{1 \\pm x}{2} as \\frac{1 + x}{2}, \\frac{1 - x}{2}: math-verify reads the sign outside groups only."""
+    if r"\pm" not in text or re.search(r"\\(?:text|mbox|begin|mp|cup|\{)", text):
+        return text
+    entries, entry, depth, grouped = [], "", 0, False
+    for token in [*re.findall(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL), ","]:
+        if token == "," and depth == 0:
+            entries += [entry.replace(r"\pm", sign) for sign in "+-"] if grouped and entry.count(r"\pm") == 1 else [entry]
+            entry, grouped = "", False
+            continue
+        depth += (token in ("{", "(", "[")) - (token in ("}", ")", "]"))
+        grouped |= token == r"\pm" and depth > 0
+        entry += token
+    return text if depth else ",".join(entries)
 
 
 def repeating(decimal: re.Match[str]) -> str:
@@ -134,10 +153,11 @@ def quick_word(gold: str, answer: str) -> str:
     same = len({re.sub(r",\s+", ",", text) for text in (gold, answer)}) == 1               # 45, 135 and 45,135
     raw_gold, raw, gold, answer = gold, answer, normalise(gold), normalise(answer) if len(answer) <= MAX_ANSWER else ""
     same |= gold == answer or gold.isalpha() and len(gold) > 3 and gold.lower() == answer.lower()         # true, East; not the segment AB
-    if same or not answer:
+    same |= answer.rpartition(r"\approx")[2] == gold                      # 12\pi \approx 37.7
+    letters = ["".join(sorted(re.sub(r"[\s,;()]|and", "", text))) for text in (gold, answer)]
+    same |= letters[0] == letters[1] and re.fullmatch(r"(?!.*(.)\1)[A-J]{2,}", letters[0]) is not None     # several options: ABD and A, B, D
+    if same or not answer or len(gold) > 3 and gold.isalpha() and answer.isalpha():        # left and felt: to math-verify a word is the product of its letters
         return str(same)
-    if len(gold) > 3 and gold.isalpha() and answer.isalpha():            # left and felt: to math-verify a word is the product of its letters
-        return "False"
     lists = [[Fraction(part) for part in text.split(",")] if LISTED.fullmatch(text) else [] for text in (gold, answer)]
     if all(lists) and len(set(lists[0])) < len(lists[0]) and sorted(lists[0]) != sorted(lists[1]):         # 2, 2, 3 is more than 2, 3: math-verify compares sets
         return "False"
@@ -150,6 +170,11 @@ def quick_word(gold: str, answer: str) -> str:
     bare = [re.sub(r"\\?%$", "", text) for text in (gold, answer)]                          # 12.5 and 12.5 %, -10 and -10 %
     if gold.endswith("%") != answer.endswith("%") and all(map(NUMBER.fullmatch, bare)) and Fraction(bare[0]) == Fraction(bare[1]):
         return "True"
+    if all(ratios := [RATIO.fullmatch(re.sub(r"[{}\s]", "", text)) for text in (gold, answer)]):
+        sides = [ratio[1].split(":") for ratio in ratios]
+        if all(NUMBER.fullmatch(part) and Fraction(side[0]) for side in sides for part in side):
+            sides = [[Fraction(part) / Fraction(side[0]) for part in side] for side in sides]              # proportional: 3:4:5 and 6:8:10
+        return str(sides[0] == sides[1])
     if all(based := [BASED.fullmatch(text) for text in (gold, answer)]):
         return str(based[0].groups() == based[1].groups())
     numbers = [sorted(re.findall(r"-?[0-9]+(?:\.[0-9]+)?", text)) for text in (raw_gold, raw)]
@@ -179,7 +204,15 @@ def read(text): return parse("\\boxed{" + text + "}", READ, parsing_timeout=None
 def judge(gold, answer):
     gold = read(gold)                                 # [sympy object, its text]; only the text where it is not mathematics
     if all(isinstance(reading, str) for reading in gold): return "gold_unparsable"
-    return verify(gold, read(answer), timeout_seconds=None, raise_on_error=True)
+    return verify(gold, (answer := read(answer)), timeout_seconds=None, raise_on_error=True) and not apart(gold[0], answer[0])
+def apart(a, b):                                      # to verify what is below 1e-15 is 0, and decimals end after six places: 1 - 1/2^99 and 1 - 1/2^98, 1.6e-19 and 9.1e-31
+    a, b = (x.rhs if getattr(x, "is_Equality", False) else x for x in (a, b))
+    if all(type(x).__name__ in ("FiniteSet", "Tuple", "Interval") for x in (a, b)):       # of an interval the ends; the rest says whether they belong to it
+        a, b = (x.args[:2] if type(x).__name__ == "Interval" else x.args for x in (a, b))
+        return not all(any(not apart(x, y) for y in b) for x in a)
+    if not all(getattr(x, "is_number", False) and x.is_finite for x in (a, b)): return False
+    d, size = (a - b).doit(), max(abs(x.doit().evalf()) for x in (a, b))
+    return bool(d != 0) if d.is_Rational else bool(abs(d.evalf(30)) > 1e-5 * size)
 verify(read("x+1"), read(r"\frac{2+2x}{2}"), timeout_seconds=None)      # the first comparison loads most of sympy: not on a pair's time
 say("ready")
 for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: the parser's caches only grow
@@ -191,6 +224,7 @@ for line in itertools.islice(sys.stdin, 1000):        # then a fresh process: th
 '''
 grade_stats: Counter[str] = Counter()  # why answers were left ungraded: gold_unparsable (or too long), deadline, worker_died, worker_error
 _idle: list[subprocess.Popen] = []     # workers that wait for a pair: started when needed, kept between calls
+_works: set[bool] = set()              # not empty once a worker has been ready: if a later one is not, the machine is busy, not the installation wrong
 atexit.register(lambda: [worker.kill() for worker in _idle])
 
 
@@ -206,12 +240,12 @@ def hear(worker: subprocess.Popen, seconds: float) -> str:
 
 
 def start() -> subprocess.Popen:
-    """A worker that has imported math-verify and compared once; ImportError or ChildProcessError says why there is none."""
-    pipe = subprocess.PIPE
-    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, process_group=0)     # Ctrl-C is the parent's
+    """A worker that has imported math-verify and compared once, in a process group of its own (Ctrl-C is the parent's); ImportError or ChildProcessError says why there is none."""
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0)
     if (word := hear(worker, START_SECONDS)) != "ready":
         kind = ImportError if word.startswith("missing") else ChildProcessError
         raise kind(f"no grading process ({word or 'it died'}): pip install math-verify, and see that python -c 'import math_verify' works")
+    _works.add(True)
     return worker
 
 
@@ -224,6 +258,10 @@ def ask(pair: tuple[str, str], seconds: float) -> str:
             worker = take()
         except IndexError:                                               # nobody is idle
             continue
+        except ChildProcessError:
+            if not _works:
+                raise
+            break
         with contextlib.suppress(BrokenPipeError):                       # it died idle: hear() says so
             worker.stdin.write(request)
         if word := hear(worker, seconds):

@@ -172,11 +172,11 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     with torch.no_grad():                                            # clipped = the tokens whose gradient the clip removed
         adv = torch.where(mask, _per_token("advantages", advantages, logp), 0.0)
         low, high = (ratio < 1 - clip_low) & (adv < 0), (ratio > 1 + clip_high) & (adv > 0)
-        off = torch.where(mask, logp - (old_logp if sampler_logp is None else sampler_logp), 0.0)
-        ratio, difference = torch.where(mask, ratio if sampler_logp is None else off.clamp(max=80.0).exp(), 0.0), off.abs()
+        difference = torch.where(mask, logp - (old_logp if sampler_logp is None else sampler_logp), 0.0)
+        sampler_ratio = torch.where(mask, ratio if sampler_logp is None else difference.clamp(max=80.0).exp(), 0.0)
         metrics |= {"clip_ratio/low_mean": low.sum(), "clip_ratio/high_mean": high.sum(), "clip_ratio/region_mean": (low | high).sum()}
         # on the first pass these two compare trainer and sampler; later they also hold the policy's own drift
-        for name, x in (("sampling_logp_difference", difference), ("importance_sampling_ratio", ratio)):
+        for name, x in (("sampling_logp_difference", difference.abs()), ("importance_sampling_ratio", sampler_ratio)):
             metrics[f"sampling/{name}/mean"] = x.sum()
             metrics[f"sampling/{name}/max"] = torch.nn.functional.pad(x.flatten(), (0, 1)).max()   # the pad: an empty chunk has max 0
     return loss, metrics

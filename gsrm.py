@@ -4,7 +4,7 @@
 
 Student steps s_1..s_n against one teacher trace t_1..t_m. For i = 1 .. min(n, m):
     meta of s_i differs from t_i   ->  stop: the student left this branch, nothing later counts
-    else  credit_i = 1  * 1/2 if the query differs  * 1/2 if the answer differs
+    else  credit_i = 1, times 1/2 if the query differs, times 1/2 if the answer differs
     R = sum credit_i / m                (normalize=False: the plain sum, as the authors' code has it)
 With K teacher traces R = max over traces: any branch that the teacher has shown may be followed.
 
@@ -137,8 +137,8 @@ class Walk:
     pairs: list[list[Pair]]                              # of each step that both have: meta, query, answer
     size: int                                            # teacher steps
     credits: list[float] = field(default_factory=list)   # of each step judged, 0 off the branch
-    queries: list[bool] = field(default_factory=list)    # of each step judged: were meta and query the same
-    best: float = 0.0                                    # what it would have earned had every judgement that failed said yes
+    choices: list[bool] = field(default_factory=list)    # of each step judged: were meta and query the same
+    at_best: float = 0.0                                 # what it would have earned had every judgement that failed said yes
     followed: int = 0                                    # steps before it left the branch
     left: bool = False
 
@@ -165,11 +165,11 @@ def structure_rewards(students: list[list[Step]], teachers: list[list[list[Step]
             w.left |= not same
             w.followed += not w.left
             w.credits.append(same * 0.5 ** sum(v is None or v < 0.5 for v in verdicts))
-            w.queries.append(same and verdicts[0] is not None and verdicts[0] >= 0.5)
+            w.choices.append(same and verdicts[0] is not None and verdicts[0] >= 0.5)
             if same:
-                w.best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
+                w.at_best += 0.5 ** sum(v is not None and v < 0.5 for v in verdicts)
             elif meta is None:                           # had it said yes, this step, and where one stops here every later one, could have earned 1
-                w.best += len(w.pairs) - i if stop else 1
+                w.at_best += len(w.pairs) - i if stop else 1
     return [pick(s, {k: w for k, w in enumerate(group) if w.size}, normalize, None in traces) for s, traces, group in zip(students, teachers, walks)]
 
 
@@ -180,10 +180,10 @@ def pick(student: list[Step], walks: dict[int, Walk], normalize: bool, outage: b
     top = max(walks, key=lambda k: (values[k], walks[k].followed), default=None)
     if not walks or outage and student and not (normalize and values[top] == 1):        # by the others alone, a student that follows the missing one would be punished
         return Score(None, structure=student, reason="a teacher trace could not be asked" if outage else "no teacher steps")
-    if max(w.best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
+    if max(w.at_best / scale[k] for k, w in walks.items()) > values[top] + 1e-9:
         return Score(None, structure=student, reason="a judgement failed")
     earned, left_at = walks[top].credits, max(w.followed for w in walks.values()) if all(w.left for w in walks.values()) else None
-    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student, choices=walks[top].queries)
+    return Score(values[top], earned + [0.0] * (len(student) - len(earned)), left_at, top, student, choices=walks[top].choices)
 
 # ------------------------------------------------------------------------------------------------ the judge and the model
 
@@ -293,7 +293,7 @@ class GSRM:
         todo = [n for n in asked if read[n] is not None]
         found = dict(zip(todo, structure_rewards([read[n] for n in todo], [teachers[n] for n in todo], self.judge, self.normalize, self.stop)))
         scores = [Score(0.0, reason="empty trace") if n not in read else found.get(n) or Score(None, reason="not decomposed") for n in range(len(traces))]
-        self.stats.update(unscored=sum(s.value is None for s in scores), seconds=time.time() - started)
+        self.stats.update(unscored=sum(s.value is None for s in scores), seconds=time.time() - started)          # a Counter's update adds
         return scores
 
     def teachers(self, problems: list[str], traces: list[list[str]]) -> list[list[list[Step] | None]]:

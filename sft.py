@@ -93,7 +93,7 @@ class Example:
 
 
 def token_pair(tokenizer: Tokenizer, prompt: list[int] | str, target: str) -> Pair:
-    """A prompt (ids, or the text of a user turn) and its answer, which ends with the end-of-turn token; ValueError where the tokenizer has none."""
+    """A prompt (ids, or the text of a user turn) and its answer, which ends with the tokenizer's end token; ValueError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise ValueError(NO_EOS)
     return chat_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt, tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]

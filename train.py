@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -223,9 +222,10 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
         rollout = run.sampler.generate([asked[i] for i in mine], config.group_size, config.max_new_tokens, config.temperature, seed=config.seed * 1_000_003 + step, index=mine)
     texts, problems, prompts = whole_turns(tokenizer, [rollout.completion(n) for n in range(len(rows))]), [chosen[i] for i in rows], [asked[i] for i in rows]
     clock.append(time.time())
-    (counts := getattr(run.gsrm, "stats", {})).clear()    # of an evaluation before the first step
+    getattr(run.gsrm, "stats", {}).clear()                # time/gsrm/*, below, are of this step alone
     rewards, scores = score(problems, texts, rollout.finished.tolist(), run.gsrm, config)
-    true, (adv, scored) = true_structure(run.truth, problems, texts), advantages(rewards, config)
+    adv, scored = advantages(rewards, config)
+    true = true_structure(run.truth, problems, texts)
     parallel.meet(f"scoring step {step + 1}", config.reward_timeout)
     leave()
     clock.append(time.time())
@@ -234,15 +234,15 @@ def step_once(run: Run, step: int, leave: Callable[[], None] = lambda: None) -> 
     clock.append(time.time())
     for group in run.optimizer.param_groups:
         group["lr"] = rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
-    metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher, old_logp)
-                      for old_logp in [torch.full_like(rollout.logp, torch.nan)] * config.updates_per_batch])               # one tensor: the first update fills it in
+    old_logp = torch.full_like(rollout.logp, torch.nan)   # the first update fills it in, the others compare with it
+    metrics = merged([update(model, ref_logp, run.optimizer, prompts, rollout, adv, scored, config, run.teacher, old_logp) for _ in range(config.updates_per_batch)])
     clock.append(time.time())
     table = gather_rows(report.rollout_rows(step + 1, problems, texts, rollout, rewards, scores, adv.tolist(), true, config.group_size))
     metrics = report.log_row(step + 1, table, reward_weights(config), config.group_size) | metrics | {"learning_rate": rate, "step_time": clock[-1] - clock[0]}
     metrics |= {f"time/{name}": b - a for name, a, b in zip(("sampling", "scoring", "reference", "update"), clock, clock[1:])}
     metrics |= {"time/tokens_per_second": metrics["num_tokens"] / metrics["step_time"], "time/peak_memory_gb": peak_gigabytes(config.device)}
     metrics["num_tokens"] += int(parallel.all_sum(torch.tensor(sum(map(len, prompts)))))
-    metrics |= {f"time/gsrm/{name}": value for name, value in parallel.added_up(counts).items()}        # seconds too; it depends on what the caches already held
+    metrics |= {f"time/gsrm/{name}": value for name, value in parallel.added_up(getattr(run.gsrm, "stats", {})).items()}        # seconds, too; caches may have had some
     metrics |= {"warnings": said} if (said := warnings(metrics, config)) else {}
     return metrics, table, [rollout.completion(n) for n in range(len(rows))]
 
@@ -331,7 +331,7 @@ def main(config: Config) -> None:
         train_on(run, state, out, checkpoints)
         whole = parallel.whole_state(check_sound(run.model))
         if rank() == 0:
-            (partial(lora.save_merged, adapter=out / "adapter") if config.lora_rank else save_model)(run.model, run.tokenizer, out / "model", whole)
+            lora.save_merged(run.model, run.tokenizer, out / "model", whole, out / "adapter") if config.lora_rank else save_model(run.model, run.tokenizer, out / "model", whole)
             plots.plot([str(out)], out / "curve.png")
         if run.held_out:
             measure(run, out / "eval_after.jsonl")

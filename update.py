@@ -56,10 +56,10 @@ def reference_logp(model: PreTrainedModel, prompts: list[list[int]], rollout: Ro
     """(N, T) float32: log-prob of each sampled token under `model`, 0 behind a row's end."""
     out = torch.zeros_like(rollout.logp)
     for rows in even(micro_batches([len(p) + int(n) for p, n in zip(prompts, rollout.lengths)], config.max_tokens)):
-        def score(rows: list[int] = rows or [0]) -> torch.Tensor:
+        def logp_of(rows: list[int] = rows or [0]) -> torch.Tensor:
             hidden, targets = predictors(model, [prompts[n] for n in rows], [rollout.completion(n) for n in rows])
             return linear_logprob(hidden, model.get_output_embeddings().weight, targets, config.temperature)[0]
-        logp = inside(model, score)
+        logp = inside(model, logp_of)
         if rows:
             out[rows] = torch.zeros_like(out[rows]).masked_scatter(rollout.mask[rows], logp)
     return out
@@ -117,15 +117,15 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
            adv: torch.Tensor, scored: torch.Tensor, config: Settings, teacher: PreTrainedModel | None = None, old_logp: torch.Tensor | None = None) -> dict[str, float]:
     """One optimiser step on all processes' rollouts: (N,) advantages and bool `scored`, (N, T) ref_logp, a frozen `teacher` or none; metrics are means over
     tokens, reduced once: entropy and clip ratios over those of all scored rows, the others over those of rows that have a gradient.
-    old_logp, (N, T): what the ratio compares with. Where it is NaN that is what this pass itself finds, which is put there for the updates to come: sampler and trainer
-    round differently, in bfloat16 by more than GSPO's clip. None: the sampler's."""
+    old_logp, (N, T): what the ratio compares with. NaNs in it are replaced in place by the log-probs of this pass, with which later updates on the same rollouts then compare
+    (not with the sampler's, which rounds differently: in bfloat16 by more than GSPO's clip). None: the sampler's."""
     model.train()
     mask = rollout.mask & scored.to(rollout.mask.device)[:, None]                       # (N, T); an unscored row is not there
     denom = denominator(mask.cpu(), config.aggregation, config.max_new_tokens, all_sum)                      # (N,), over the whole step
-    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or teacher and config.teacher_kl)]      # the others have gradient 0
+    used = [n for n, there in enumerate(mask.any(1).tolist()) if there and (adv[n] != 0 or config.beta or (teacher and config.teacher_kl))]      # the others have gradient 0
     old = rollout.logp if old_logp is None else old_logp
     total = 0.0 if rollout.logp.isfinite().all() else math.nan                          # a broken student's groups may be spread-less: no loss below would tell
-    sums = {"entropy": float(rollout.entropy[mask].sum()), "all": float(mask.sum())}
+    sums = {"entropy": float(rollout.entropy[mask].sum()), "scored_tokens": float(mask.sum())}
     sums |= dict.fromkeys(["kl"] * (ref_logp is not None) + ["teacher_kl"] * bool(teacher), 0.0)                   # not measured is not 0
 
     def tally(part: dict[str, torch.Tensor]) -> None:
@@ -140,7 +140,7 @@ def update(model: PreTrainedModel, ref_logp: torch.Tensor | None, optimizer: tor
             per_token["ref_logp"] = ref_logp[rows][valid]
         tokens = [prompts[n] for n in rows], [rollout.completion(n) for n in rows]
         if not piece:
-            per_token["advantages"] = torch.zeros_like(per_token["advantages"])         # the pass is there for the collectives: what it cannot blow up it cannot spoil
+            per_token["advantages"] = torch.zeros_like(per_token["advantages"])         # this pass is there for the collectives only: advantages of 0 keep NaN out of it
         seen = teacher_view(teacher, *tokens) if teacher else None
         loss, logp = inside(model, partial(micro_loss, model, *tokens, per_token, config, tally if piece else lambda part: None, seen))
         (loss * bool(piece) * world()).backward()                                       # FSDP2 averages over processes, shares are to be summed
@@ -168,18 +168,19 @@ def merged(updates: list[dict[str, float]]) -> dict[str, float]:
 def apply_gradient(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, sums: dict[str, float], max_grad_norm: float) -> dict[str, float]:
     """Sums the metrics over processes, clips the gradient, steps; -> mean metrics. "nonfinite" is 1 where loss or gradient was not finite,
     or the weights are not now; "nonfinite_weights" is 1 where they are not. A mean over no token is NaN."""
-    names = ["tokens", "all", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
+    names = ["tokens", "scored_tokens", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
              "sampling/importance_sampling_ratio/mean", *(name for name in ("kl", "teacher_kl") if name in sums)]
     total, *values = all_sum(torch.tensor([loss] + [sums.get(name, 0.0) for name in names], dtype=torch.float64)).tolist()
     means = dict(zip(names, values))
     largest = {name: all_max(sums.get(name, 0.0)) for name in ("sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/max")}
-    norm, tokens, every = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))), means.pop("tokens"), means.pop("all")
+    norm = float(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+    tokens, scored_tokens = means.pop("tokens"), means.pop("scored_tokens")                # of rows with a gradient; of all scored rows
     sound = math.isfinite(norm) and math.isfinite(total)
     stepped = sound and tokens > 0                         # AdamW moves on its momentum even where every group was spread-less
     if stepped:
         optimizer.step()
     optimizer.zero_grad()
     broken = stepped and not finite(model)                  # the optimiser's own arithmetic: a learning rate far too high, moments that have overflowed
-    count = lambda name: every if name.startswith(("entropy", "clip_ratio")) else tokens
+    count = lambda name: scored_tokens if name.startswith(("entropy", "clip_ratio")) else tokens
     means = {name: value / count(name) if count(name) else math.nan for name, value in means.items()}
     return {"loss": total, **means, **largest, "grad_norm": norm, "skipped_step": float(not stepped), "nonfinite": float(not sound or broken), "nonfinite_weights": float(broken)}
