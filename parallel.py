@@ -33,8 +33,10 @@ _gate: list[dist.ProcessGroup] = []                      # what `meet` waits on
 # ------------------------------------------------------------------------------------------------ processes
 
 def start() -> None:
-    """Joins the processes that torchrun started; without torchrun, nothing."""
+    """Joins the processes that torchrun started; without torchrun, nothing. ValueError where something else has numbered them, but not on their machine."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK is set in the environment, LOCAL_RANK is not: start the processes with torchrun, or unset RANK for one process alone")
         if (card := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():              # more processes than cards: that is for --device cpu
             torch.cuda.set_device(card)
         store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))

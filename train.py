@@ -6,13 +6,13 @@
              one step up the clipped policy gradient, held near the start by beta * KL        update.py: grpo.py, logprob.py
 
     python train.py                                              # the toy: 4 minutes on two CPU cores
-    python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, outcome only
+    python train.py --w_structure 0 --out out/grpo               # the baseline: GRPO, the same without the structure reward
     torchrun --nproc_per_node 2 train.py --out out/two           # the same update from two processes (FSDP2; several machines: parallel.py)
     python train.py --preset qwen1.5b --dry_run                  # settings, batch, estimated memory and time; nothing is loaded or written (plan.py)
     python train.py --resume auto                                # go on after an interruption, bitwise as if there had been none (CPU)
 
-A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), eval_before.jsonl,
-eval_after.jsonl, curve.png, run.json (settings, versions, commit, data), checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
+A run leaves in --out: model/ (Hugging Face checkpoint), log.jsonl (a line a step), rollouts.jsonl (every completion, its steps and rewards), eval_before.jsonl, eval_after.jsonl,
+curve.png, run.json (settings, versions, commit, data), gsrm_cache.jsonl, checkpoints/. Left out on purpose: a Trainer class, callbacks, an external sampler, tensor parallelism.
 """
 import importlib.util
 import math
@@ -149,10 +149,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     checks = {"problems_per_step": (c.problems_per_step >= world(), f"each of the {world()} processes needs at least one problem a step"),
               "w_structure": (any((c.w_structure, c.w_outcome, c.w_format, c.teacher and c.teacher_kl)), "at least one reward needs a weight other than 0 (or a --teacher)"),
               "gsrm": (c.gsrm or c.structure_reward or c.dry_run or not c.w_structure, "the structure reward needs a reward model; give one, or --w_structure 0"),
+              "judge": (not c.judge or c.gsrm and not c.structure_reward, "there are no steps for it to judge; give a --gsrm (and no --structure_reward), or leave it out"),
               "log_to": (not c.log_to or importlib.util.find_spec(c.log_to), f"pip install {c.log_to}, or leave the flag out (log.jsonl has every figure)")}
-    for name, (fine, wanted) in checks.items():
-        if not fine:
-            parser.error(f"--{name} {getattr(c, name)}: {wanted}")
+    if wrong := next((name for name, (fine, _) in checks.items() if not fine), None):
+        parser.error(f"--{wrong} {getattr(c, wrong)}: {checks[wrong][1]}")
     return c
 
 
@@ -340,9 +340,9 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    parallel.start()
     try:
         with ending():
+            parallel.start()
             main(parse_config())
     except Leave as asked:
         print(asked, file=sys.stderr)

@@ -66,6 +66,8 @@ BAD = [   # command line, what its one line has to say
     (TRAIN + "--gsrm rubbish:nan", "rubbish:nan gave '[nan]'"),
     (TRAIN + "--gsrm http://127.0.0.1:9/v1", "write it behind a #, as in http://127.0.0.1:9/v1#"),
     (TRAIN + "--judge toy/judge", "--judge toy/judge: the steps of a rule (toy:read) are compared word by word; leave it out"),
+    (TRAIN + "--judge {w}/nowhere --w_structure 0 --gsrm ''", "nowhere: there are no steps for it to judge; give a --gsrm"),
+    (TRAIN + "--judge {w}/nowhere --structure_reward reward:line_similarity", "nowhere: there are no steps for it to judge; give a --gsrm"),
     (TRAIN + "--gsrm {w}/badjudge", "gsrm.json: expected a JSON object with the field 'judge'"),
     (TRAIN + "--truth rubbish:nothing", "rubbish:nothing gave 'None'"),
     (TRAIN + "--model {w}/nowhere", "nowhere: there is no such folder"),

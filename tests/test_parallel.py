@@ -41,6 +41,15 @@ def test_a_process_without_a_card_of_its_own_has_none(monkeypatch):
         parallel.use_device("cuda")
 
 
+def test_processes_that_something_else_has_numbered_are_refused(monkeypatch):
+    """A scheduler that sets RANK and no LOCAL_RANK: which card is whose is not known, and one process alone is not what was asked for."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="start the processes with torchrun, or unset RANK"):
+        parallel.start()
+    assert not parallel.dist.is_initialized()
+
+
 @pytest.mark.parametrize("flags, place", [((), "cuda"), (("--dtype", "bfloat16"), "cpu"), (("--offload", "True"), "cpu")])
 def test_what_is_sharded_is_loaded_beside_the_card_one_model_after_the_other(data, tmp_path, monkeypatch, flags, place):  # noqa: F811
     """A card need not hold a whole float32 model, nor two at once: shard moves each there by itself. One process in float32 loads straight onto its card."""
