@@ -106,6 +106,7 @@ def test_normalise(text: str, plain: str) -> None:
     ("100, 200", "100200", ""), ("5, 120", "5120", ""), ("45,135", "45, 135", "True"), ("1,234", "1234", "True"),
     (r"\text{(C)}", "C", "True"), (r"\text{(C)}", r"\textbf{(D)}", "False"),
     ("5", "", "False"), ("5", "x", ""), ("1/0", "5", ""), ("5", "1/0", ""), ("5", "1e3", ""), ("5", "٥", ""), ("5", "5_0", ""), ("11/2", "1 1/2", ""),
+    ("FACE", "CAFE", "False"), ("ACEF", "F, A, C and E", "True"), ("ACEF", "ACE", "False"), ("AB", "()", ""),
     ("left", "felt", "False"), ("Alice", "Celia", "False"), (r"\text{three}", "there", "False"), ("xyz", "zyx", ""),
     ("2, 2, 3", "2, 3", "False"), ("2, 2, 3", "3, 2, 2", ""), ("2, 3", "2, 2, 3", ""), ("1, 0.5, 0.5", "0.5, 1", "False"),
     ("7" * 31, "7" * 30 + "8", ""), ("x", "x", "True"), ("", "5", "gold_unparsable"), (" $ $ ", "5", "gold_unparsable"),
