@@ -76,7 +76,7 @@ BEYOND = (   # what we asked besides, or added
     ("The preset's structure : outcome 4 beats 1", "rlkd, true structure", "structure : outcome 1", "sampled"),
     ("... and on larger problems", "rlkd, true structure", "structure : outcome 1", "larger"),
     ("From the base, RLKD beats on-policy distillation (which breaks that student: in most seeds most samples end without a step)", "rlkd", "distillation", "sampled"),
-    ("... and GRPO with that distillation (which breaks it in most seeds)", "rlkd", "grpo + distillation", "sampled"),
+    ("... and GRPO with that distillation (which ends below the base on average, and breaks it in most sparse seeds)", "rlkd", "grpo + distillation", "sampled"),
     ("RLKD from the base beats on-policy distillation after SFT", "rlkd", "sft 512 -> distillation", "sampled"),
 )
 

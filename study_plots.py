@@ -120,7 +120,7 @@ def draw_left(runs: Runs, path: Path) -> None:
         axes.set_yticks(range(len(arms[regime])), arms[regime], fontsize=8)
         axes.set(title=regime, xlabel="step with a reason that no teacher trace has there")
     if images:
-        figure.colorbar(images[0], ax=grid, label="share of samples (in the cells: per cent)", aspect=40)
+        figure.colorbar(images[0], ax=grid, label="share of samples, square-root scale (in the cells: per cent)", aspect=40)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

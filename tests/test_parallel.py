@@ -1,9 +1,11 @@
 """Several processes: the same update whatever their number, bfloat16 with float32 masters, offloading, and a process that fails or hangs ends the job with its name."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -24,8 +26,13 @@ def torchrun(processes, script, *flags, timeout=120, launcher=()):
                *launcher, str(script), *flags]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}                    # a machine may have fewer cards than processes
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env)
-    return done.returncode, done.stdout + done.stderr, time.time() - started
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
+    try:
+        said, _ = job.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):               # where the time was up its processes would go on
+            os.killpg(job.pid, signal.SIGKILL)
+    return job.returncode, said, time.time() - started
 
 
 def test_a_process_without_a_card_of_its_own_has_none(monkeypatch):
