@@ -19,7 +19,7 @@ import update
 STEPS = ["--steps", "3", "--beta", "0.01", "--w_format", "0.5"]
 
 
-def torchrun(processes, script, *flags, timeout=120, launcher=()):
+def torchrun(processes, script, *flags, timeout=300, launcher=()):
     """A job of several processes; -> (status, stdout and stderr, seconds)."""
     started = time.time()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0",
