@@ -206,7 +206,7 @@ def test_full_card_against_human_steps_and_without_any_gold() -> None:
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "gsrm.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "gsrm.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command(tmp_path: Path) -> None:
