@@ -16,13 +16,16 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import field
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
+UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError, StrictDataclassError         # what a broken checkpoint raises
 PICTURES = (".png", ".svg", ".pdf", ".jpg")               # what matplotlib draws
 
 
@@ -51,17 +54,15 @@ def ending(*more: type[Exception]) -> Iterator[None]:
 @contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
     """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
-    level = get_verbosity()
-    set_verbosity_error()                                # its report on the weights: data.load_model makes its own
-    try:
+    def told(kind: type | None, error: BaseException | None, _trace: object) -> None:
+        if kind is Exception or kind and issubclass(kind, UNREADABLE):           # tokenizers raises a bare Exception
+            what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
+            raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), kind.__name__)})") from None
+    with ExitStack() as after:
+        after.callback(set_verbosity, get_verbosity())
+        set_verbosity_error()                            # its report on the weights: data.load_model makes its own
+        after.push(told)
         yield
-    except Exception as error:                           # tokenizers raises a bare one
-        if isinstance(error, (RuntimeError, MemoryError, ImportError)):                 # a full GPU, a library that is missing: what they say is enough
-            raise
-        what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
-        raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
-    finally:
-        set_verbosity(level)
 
 
 class Parser(argparse.ArgumentParser):

@@ -95,7 +95,7 @@ def as_latex(answer: str) -> str:
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
     text = UNITS.sub(r"\\text{ unit}", text.strip())
-    text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text.strip())))               # rows of a matrix, spaced
+    text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text)))               # rows of a matrix, spaced
     text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248|\\pounds(?![a-zA-Z])|(?:approximately|about|around|USD|EUR|GBP|Rs\.?)\s)\s*", "", text)
     text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\s*\{\s*i\s*\}", "i", text)          # upright, no unit
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
