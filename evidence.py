@@ -21,9 +21,10 @@ from study_plots import ALONE, LEVELS, PICTURES, READ
 DIGITS, CLOSE = {"length": 0, "paths": 1}, 0.05
 CLAIMS = (   # what the paper reports or says, arm, against, figure
     ("RLKD beats GRPO after SFT (paper: AIME24 pass@1, of a distilled student)", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
+    ("... without guesses", "sft 512 -> rlkd", "sft 512 -> grpo", "found@1"),
     ("... and at pass@64 (paper: the same student; here guesses do not count)", "sft 512 -> rlkd", "sft 512 -> grpo", "found@64"),
     ("RLKD without SFT beats SFT in the teacher's words (paper: RLKD-Zero, AIME24 pass@1, against an Instruct model of other data)", "rlkd", "sft 512", "sampled"),
-    ("0.1 % of the data are enough, given a reward model: RLKD on 8 problems against SFT in the teacher's words on 8192", "rlkd, 8 problems", "sft 8192", "sampled"),
+    ("RLKD on 8 problems, given a reward model, beats SFT in the teacher's words on 8192 (paper: 0.1 % of the data are enough)", "rlkd, 8 problems", "sft 8192", "sampled"),
     ("RLKD follows the teacher's structure more than SFT in the teacher's words does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
     ("... also where it comes after SFT", "sft 512 -> rlkd", "sft 512", "structure"),
 )
@@ -33,22 +34,30 @@ BEYOND = (   # what we asked besides, or added
     ("... and with one greedy answer", "rlkd", "grpo", "greedy"),
     ("... and at pass@64 without guesses", "rlkd", "grpo", "found@64"),
     ("... and on larger problems", "rlkd", "grpo", "larger"),
+    ("... and there without guesses", "rlkd", "grpo", "larger found@1"),
     ("... and on a wording never seen", "rlkd", "grpo", "other"),
+    ("... and there without guesses", "rlkd", "grpo", "other found@1"),
     ("RLKD follows the teacher's structure more than GRPO does", "rlkd", "grpo", "structure"),
     ("... and it chooses the teacher's next sub-problem more often", "rlkd", "grpo", "choice"),
     ("GRPO finds more different walks than RLKD", "grpo", "rlkd", "paths"),
     ("RLKD beats GRPO on the outcome alone at weight 1 (no format reward)", "rlkd", ALONE, "sampled"),
     ("... and without guesses", "rlkd", ALONE, "found@1"),
+    ("... and on larger problems", "rlkd", ALONE, "larger"),
+    ("... and there without guesses", "rlkd", ALONE, "larger found@1"),
     ("GRPO on the outcome alone at weight 1 beats GRPO at the preset's weights", ALONE, "grpo", "sampled"),
-    ("With the outcome at weight 1 in both, the structure reward (the true one, weight 1) adds accuracy", "structure : outcome 1", ALONE, "sampled"),
+    ("With the outcome at weight 1 in both, the structure reward (the true one, weight 1; and the preset's for format) adds accuracy", "structure : outcome 1", ALONE, "sampled"),
     ("... and on larger problems", "structure : outcome 1", ALONE, "larger"),
+    ("... and there without guesses", "structure : outcome 1", ALONE, "larger found@1"),
     ("... and on a wording never seen", "structure : outcome 1", ALONE, "other"),
+    ("... and there without guesses", "structure : outcome 1", ALONE, "other found@1"),
     ("Structure and outcome together beat the structure reward alone", "rlkd", "structure only", "sampled"),
     ("A generative reward model beats the similarity of lines", "rlkd", "line similarity", "sampled"),
     ("The reward has to stop where the student leaves the teacher's branch", "rlkd, true structure", "no stop rule", "sampled"),
+    ("... and on larger problems", "rlkd, true structure", "no stop rule", "larger"),
     ("RLKD's pass@64 without guesses is above the base's", "rlkd", "base", "found@64"),
     ("... and above that of SFT on the same traces", "rlkd", "sft 512", "found@64"),
     ("On a wording never seen, RLKD is better than the base", "rlkd", "base", "other"),
+    ("... and there without guesses", "rlkd", "base", "other found@1"),
     ("SFT in the student's own words beats SFT in the teacher's", "sft 512, own words", "sft 512", "sampled"),
     ("RLKD from the base beats that SFT in its own words", "rlkd", "sft 512, own words", "sampled"),
     ("... and at pass@64 without guesses", "rlkd", "sft 512, own words", "found@64"),
@@ -60,10 +69,15 @@ BEYOND = (   # what we asked besides, or added
     ("... and follows the teacher's structure more", "sft 512, own words -> rlkd", "sft 512, own words -> grpo", "structure"),
     ("GRPO then finds more different walks than RLKD", "sft 512, own words -> grpo", "sft 512, own words -> rlkd", "paths"),
     ("RLKD after SFT in the teacher's words improves on that student", "sft 512 -> rlkd", "sft 512", "sampled"),
+    ("... without guesses", "sft 512 -> rlkd", "sft 512", "found@1"),
     ("GRPO after SFT in the teacher's words improves on that student", "sft 512 -> grpo", "sft 512", "sampled"),
+    ("... without guesses", "sft 512 -> grpo", "sft 512", "found@1"),
     ("RLKD after SFT in the teacher's words finds more than that student in many samples (pass@64 without guesses)", "sft 512 -> rlkd", "sft 512", "found@64"),
     ("GRPO after SFT in the teacher's words finds more than that student in many samples", "sft 512 -> grpo", "sft 512", "found@64"),
     ("On-policy distillation after SFT in the teacher's words improves on that student", "sft 512 -> distillation", "sft 512", "sampled"),
+    ("... without guesses", "sft 512 -> distillation", "sft 512", "found@1"),
+    ("... with one greedy answer", "sft 512 -> distillation", "sft 512", "greedy"),
+    ("... and on larger problems", "sft 512 -> distillation", "sft 512", "larger"),
     ("... and in many samples", "sft 512 -> distillation", "sft 512", "found@64"),
     ("RLKD after SFT beats that distillation, from the same start", "sft 512 -> rlkd", "sft 512 -> distillation", "sampled"),
     ("... and in many samples", "sft 512 -> rlkd", "sft 512 -> distillation", "found@64"),
@@ -72,6 +86,7 @@ BEYOND = (   # what we asked besides, or added
     ("The reward model's mistakes cost accuracy: true structure against GSRM", "rlkd, true structure", "rlkd", "sampled"),
     ("All teacher traces beat one", "rlkd", "rlkd, one teacher", "sampled"),
     ("GDPO beats the plain sum of the rewards", "rlkd, true structure", "plain sum", "sampled"),
+    ("... and on larger problems", "rlkd, true structure", "plain sum", "larger"),
     ("The structure reward over the teacher's number of steps beats the raw sum (both in a plain sum)", "plain sum", "plain sum of raw", "sampled"),
     ("The preset's structure : outcome 4 beats 1", "rlkd, true structure", "structure : outcome 1", "sampled"),
     ("... and on larger problems", "rlkd, true structure", "structure : outcome 1", "larger"),
@@ -118,6 +133,13 @@ def arms_table(runs: Runs, regime: str, arms: list[str], metrics: dict[str, str]
     return table(["arm", "seeds", *metrics.values()], [[arm, str(len(runs[regime, arm])), *figures(arm)] for arm in arms if (regime, arm) in runs])
 
 
+def glance_table(runs: Runs, arms: tuple[str, ...], names: dict[str, str], regimes: tuple[str, ...] = ("sparse", "dense")) -> str:
+    """A few figures of the main arms, the regimes side by side."""
+    each = lambda regime, arm: [noted(values(runs, regime, arm, name), DIGITS.get(name, 2), len(runs.get((regime, arm), {}))) for name in names]
+    head = [f"{regime}: {title}" if title == [*names.values()][0] else title for regime in regimes for title in names.values()]
+    return table(["arm", *head], [[arm, *(part for regime in regimes for part in each(regime, arm))] for arm in arms if any((regime, arm) in runs for regime in regimes)])
+
+
 def against_table(runs: Runs, regime: str, arms: list[str], against: str, names: dict[str, str]) -> str:
     """Differences to one arm, paired by seed."""
     lines = [[arm, str(n)] + [noted(gains(runs, regime, arm, against, name), DIGITS.get(name, 2), n, "+") for name in names]
@@ -137,7 +159,7 @@ def verdicts(runs: Runs, claims: tuple, regimes: tuple[str, ...] = ("sparse", "d
         close = name not in DIGITS and max(-low, high) <= CLOSE
         word = "**supported**" if low > 0 else "**not supported, the opposite**" if high < 0 else f"**no difference above {CLOSE}**" if close else "undecided"
         return f"{word}: {cell(sample, DIGITS.get(name, 2) + 1, '+')} ({len(sample)} seeds)"
-    return table(["claim", "figure", *regimes], [[text, f"{(METRICS | ELSEWHERE).get(name, name)}: {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
+    return table(["claim", "figure", *regimes], [[text, f"{ALL.get(name, name)}: {arm} - {against}", *(judged(arm, against, name, regime) for regime in regimes)]
                                                  for text, arm, against, name in claims])
 
 
@@ -169,19 +191,22 @@ def elsewhere_table(runs: Runs, levels: dict[str, str]) -> str:
 METRICS = {"greedy": "accuracy, greedy", "sampled": "sampled", "found@1": "sampled, no guesses", "found@64": "pass@64, no guesses", "structure": "true structure",
            "choice": "choice", "answer": "answer on the branch", "sums": "sums right", "paths": "walks", "length": "length"}
 ELSEWHERE = {"larger": "larger, sampled", "other": "reworded, sampled"}
+ALL = METRICS | ELSEWHERE | {"larger found@1": "larger, no guesses", "other found@1": "reworded, no guesses"}
 QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights", "sparse", "rlkd", "grpo"),
           ("RLKD - GRPO on the outcome alone at weight 1, sparse", "sparse", "rlkd", ALONE),
           ("RLKD - GRPO where outcomes are dense, at the preset's weights", "dense", "rlkd", "grpo"),
           ("RLKD - GRPO on the outcome alone at weight 1, dense", "dense", "rlkd", ALONE),
           ("RLKD - SFT on the same 512 problems in the teacher's words, sparse", "sparse", "rlkd", "sft 512"),
           ("RLKD - SFT on the same walks told in the student's own words, sparse", "sparse", "rlkd", "sft 512, own words"))            # of the README
+GLANCE = ("base", "grpo", ALONE, "structure only", "rlkd", "line similarity", "sft 512", "sft 512 -> grpo", "sft 512 -> rlkd", "sft 512 -> distillation",
+          "sft 512, own words", "sft 512, own words -> grpo", "sft 512, own words -> rlkd")
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 
 
 def blocks(rows: list[dict]) -> dict[str, str]:
     """What the report puts into the page's marked places, by their names."""
-    runs, made, named = gathered(rows), {}, lambda *names: {name: (METRICS | ELSEWHERE)[name] for name in names}
+    runs, made, named = gathered(rows), {}, lambda *names: {name: ALL[name] for name in names}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for regime in ("sparse", "dense"):
         mine = [arm for arm in arms if arm not in REWARDS]
@@ -207,6 +232,7 @@ def blocks(rows: list[dict]) -> dict[str, str]:
     beside = [f"{regime}-{kind}" for regime in ("sparse", "dense") for kind in ("gains", "rewards")]
     made["study-chance"] = (f"* {intervals('claims', 'beyond')} verdicts below have an interval: if nothing differed at all, one in twenty would leave 0 out all the same. "
                             f"The tables hold {intervals(*beside)} differences more. An interval that only just leaves it out is weak evidence.")
+    made["study-glance"] = glance_table(runs, GLANCE, named("sampled", "found@1", "structure", "paths"))
     made["study-short"] = arms_table(runs, "sparse", ["base", "sft 512", "sft 512, own words", "grpo", ALONE, "rlkd", "sft 512, own words -> grpo", "sft 512, own words -> rlkd"],
                                      named("greedy", "sampled", "found@1", "found@64", "structure", "larger", "other"))
     return made

@@ -88,6 +88,10 @@ def test_the_tables_are_those_of_the_results():
     assert reader[2:] == [f"| rlkd | 3 | +{sum(gaps) / 3:.3f} ± {half(gaps):.3f} | 0.90 |"]
     levels = evidence.levels_table(evidence.gathered(rows("7-people") + [row("7-people", "base", 0, 0.3)]), evidence.LEVELS).splitlines()
     assert len(levels) == 3 and levels[2].startswith("| 3-4 of 7 | 3 | 0.30 | 0.11 ± ") and "+0.44" in levels[2]
+    glance = evidence.glance_table(evidence.gathered(rows() + [row("dense", "rlkd", 0, 0.7)]), ("base", "grpo", "rlkd"), {"sampled": "sampled", "paths": "walks"}).splitlines()
+    assert glance[0] == "| arm | sparse: sampled | walks | dense: sampled | walks |" and len(glance) == 4                   # none of the base, which was not run
+    assert glance[2:] == [f"| grpo | 0.11 ± {half((0.10, 0.12, 0.11)):.2f} | 1.1 ± {10 * half((0.10, 0.12, 0.11)):.1f} |  |  |",
+                          f"| rlkd | 0.55 ± {half((0.50, 0.62, 0.53)):.2f} | 5.5 ± {10 * half((0.50, 0.62, 0.53)):.1f} | 0.70 | 7.0 |"]
     moved = [r | {"larger": r["sampled"] / 2, "other": 0.3 - r["sampled"] / 10} for r in rows("7-people")] + [row("7-people", "base", 0, 0.3)]
     elsewhere = evidence.elsewhere_table(evidence.gathered(moved), evidence.LEVELS).splitlines()
     assert elsewhere[0] == ("| people needed | larger, sampled: base | grpo | rlkd | rlkd - grpo, paired | reworded, sampled: base | grpo | rlkd | rlkd - grpo, paired |")
