@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -98,12 +99,14 @@ def report_card(read: list[list[Step] | None], gold: list[list[Step]], same: Sam
             "length_ratio": said / max(asked, 1), "unread": sum(r is None for r in read) / max(len(gold), 1)}
 
 
-def decompose(gsrm: GSRM, problems: list[str], traces: list[str]) -> tuple[list[list[Step] | None], float]:
-    """(structures as the reward sees them, share of the steps written whose answer occurs in the trace: the others are left out of the structures)."""
+def decompose(gsrm: GSRM, problems: list[str], traces: list[str]) -> tuple[list[list[Step] | None], list[bool], float | None]:
+    """(structures as the reward sees them; of each trace whether the model answered at all, which says nothing about how it reads; share of the steps written whose
+    answer occurs in the trace, None without a step: the others are left out of the structures)."""
     before = gsrm.stats["unfaithful_steps"]
-    read = gsrm.decompose(problems, traces)
-    good = sum(len(steps or []) for steps in dict(zip(zip(problems, traces), read)).values())            # equal traces are read once
-    return read, good / max(good + gsrm.stats["unfaithful_steps"] - before, 1)
+    found, lost = gsrm.read(pairs := list(zip(problems, traces, strict=True)))
+    good = sum(len(steps or []) for steps in found.values())                    # equal traces are read once
+    written = good + gsrm.stats["unfaithful_steps"] - before
+    return [found[pair] for pair in pairs], [pair not in lost for pair in pairs], good / written if written else None
 
 # ------------------------------------------------------------------------------------------------ how well it judges
 
@@ -212,7 +215,8 @@ class Config:
 
 LEGEND = {
     "reading": """  precision: share of the steps it wrote that are true ones; recall: share of the true steps that it wrote; exact: traces with all steps right, in order
-  length_ratio: steps written / true steps; unread: traces it could not read (too few tokens?); faithful: share of its steps whose answer is in the trace (others are dropped)""",
+  length_ratio: steps written / true steps; unread: traces it could not read (too few tokens?); faithful: share of its steps whose answer is in the trace (others are dropped)
+  failed: share of the traces on which it gave no answer at all (an outage); they are left out of the other figures""",
     "judge": """  same: a true step's text and the same step as it was read; other step: texts of two steps of one problem; shuffled: of two problems; not settled by the text: all
   pairs that a model has to decide; said_yes: share judged the same (other step, shuffled: false yes); brier, ece: errors of its probabilities, 0 is best; failed: no verdict""",
     "attacks": """  (honest): the student's samples or, without --model, the first half of each teacher's trace; each row below alters them to cheat
@@ -239,13 +243,15 @@ def full_card(gsrm: GSRM, problems: list[Problem], samples: list[tuple[int, str]
     taught = [(n, t) for n, p in enumerate(problems) for t in p.teachers]
     reading, entries = {}, []
     for voice, cases in {TEACHER: taught, STUDENT: samples}.items():
-        read, faithful = decompose(gsrm, [problems[n].problem for n, _ in cases], [t for _, t in cases])
+        read, answered, faithful = decompose(gsrm, [problems[n].problem for n, _ in cases], [t for _, t in cases])
         gold = [truth(t) for _, t in cases] if truth else human if voice == TEACHER else None
+        cases, read, gold = (list(compress(rows, answered)) if rows else rows for rows in (cases, read, gold))          # an outage is no misreading
+        shares = {"faithful": faithful, "failed": answered.count(False) / max(len(answered), 1)}
         ways = {"": equal_steps} if truth else {", values": same_value, ", values and queries": same_value_and_query}
         for name, same in ways.items() if gold else ():
-            reading[voice + name] = {"traces": len(cases), **report_card(read, gold, same), "faithful": faithful}
-        if cases and not gold:
-            reading[voice] = {"traces": len(cases), "unread": sum(r is None for r in read) / len(read), "faithful": faithful}
+            reading[voice + name] = {"traces": len(cases), **report_card(read, gold, same), **shares}
+        if answered and not gold:
+            reading[voice] = {"traces": len(cases), "unread": sum(r is None for r in read) / len(read) if read else None, **shares}
         for (n, _), steps, true in zip(cases, read, gold or read):
             aligned = zip(true, steps) if steps and len(true) == len(steps) and not human else matched(steps, true, same_value) if steps else ()
             entries += [(n, a, b) for a, b in aligned] if gold or not (truth or human) else []

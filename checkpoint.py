@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import lora
-from command import Parser, ending, log_lines, read_record, write_aside
+from command import Parser, ending, full_disk, log_lines, read_record, write_aside
 from data import Tokenizer, load_model, load_tokenizer, save_model
 from parallel import all_max, rank, whole_state
+from watch import model_hash
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # one process without torchrun: that is meant
 
@@ -97,8 +99,9 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            for part in (model.config, model.generation_config, tokenizer, *getattr(model, "peft_config", {}).values()):
-                part.save_pretrained(str(aside))
+            with full_disk(aside):
+                for part in (model.config, model.generation_config, tokenizer, *getattr(model, "peft_config", {}).values()):
+                    part.save_pretrained(str(aside))
             (aside / "state.json").write_text(json.dumps({"step": step, **notes}))
         all_max(0)                                            # nobody writes before the folder is there
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)         # it copies before async_save returns, and training goes on in place
@@ -144,6 +147,14 @@ def spare(folder: Path, keep: int, last: Path) -> list[Path]:
     rewards = {path: reward(path) for path in older}
     best = max((path for path in reversed(older) if rewards[path] > -math.inf), key=rewards.get, default=None)                 # of equals the last
     return [path for path in older if path != best]
+
+
+def clear(folder: Path) -> None:
+    """Removes the checkpoints of a run that has ended, and their folder where nothing else lies in it."""
+    for checkpoint in (*by_step(folder).values(), *folder.glob(".step_*")):
+        shutil.rmtree(checkpoint)
+    with suppress(OSError):                                   # somebody's copies stay
+        folder.rmdir()
 
 
 def damage(checkpoint: Path) -> str:
@@ -245,6 +256,8 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
     if others and not (resume and (out / "run.json").exists()):               # old checkpoints' higher numbers would win over the new ones
         raise ValueError(f"{others[0]} is there already, of another run or a model: choose another --out, or move it away")
     before = read_record(out / "run.json", "config") if resume and (out / "run.json").exists() else {}
+    if odd := [name for name in ("config", "data", "models") if not isinstance(before.get(name, {}), dict)]:
+        raise ValueError(f"{out / 'run.json'}: {odd[0]!r} is no object, as a run writes it: put the file back, or choose another --out")
     if before and (why := changed(before, record, free)):
         raise ValueError(f"--resume: {why}")
     record["data"] |= dict(list(before.get("data", {}).items())[len(record["data"]):])
@@ -255,21 +268,26 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
     why = lost(out, before["config"].get("save_every", 0), passed) if before and not start and rank() == 0 else ""
     if all_max(bool(why)):
         raise ValueError(why or f"{out} holds no whole checkpoint: the first process says more")
+    if before and not start and rank() == 0:
+        print(f"note: no checkpoint in {out / 'checkpoints'} yet: the run starts over", file=sys.stderr)
     return start, passed
 
 
 def cut_logs(out: Path, step: int, steps: int = 0) -> None:
     """Cuts off the log lines after `step`, so that a run that goes on from there doubles none; if it has `steps` to go to, the evaluation at its end goes too, which was
     of a student that trains on. ValueError names a broken line by file and number."""
-    if step < steps:
-        (out / "eval_after.jsonl").unlink(missing_ok=True)
     for name in ("log.jsonl", "rollouts.jsonl"):
         if (out / name).exists():
-            lines = [line for line, row in log_lines(out / name) if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
+            rows = list(log_lines(out / name))
+            lines = [line for line, row in rows if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
+            if name == "log.jsonl" and (again := len(rows) - len(lines)):
+                print(f"note: {again} logged step{'s' * (again > 1)} after step {step}, the newest checkpoint's, will be made again", file=sys.stderr)
             write_aside(out / name, lambda file, lines=lines: file.write_bytes(b"".join(line + b"\n" for line in lines)))
     there = [row["step"] for _, row in log_lines(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
     if missing := step - len({*there}):
         print(f"note: {out / 'log.jsonl'} lacks {missing} of the {step} steps of the checkpoint: the run goes on all the same, its curves have a gap", file=sys.stderr)
+    if step < steps:
+        (out / "eval_after.jsonl").unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -286,6 +304,10 @@ def main() -> None:
         sys.exit(f"error: {args.out} is there already: choose another --out")
     if (note := args.checkpoint / "adapter_config.json").is_file():
         about, dtype = json.loads(note.read_text()), AutoConfig.from_pretrained(args.checkpoint).dtype or torch.float32               # what the run held its base in
+        if (run := args.checkpoint.resolve().parent.parent / "run.json").is_file():
+            was = read_record(run, "models")["models"].get(about["base_model_name_or_path"])
+            if was and was != (now := model_hash(about["base_model_name_or_path"])[:len(was)]):
+                sys.exit(f"error: the adapters' model, {about['base_model_name_or_path']}, is not what it was in training (SHA-256 {was}..., now {now}...): put the old one back")
         try:
             base, _ = load_model(name := about["base_model_name_or_path"], dtype=str(dtype).removeprefix("torch."))
             model = lora.add_adapters(base, about["r"], about["lora_alpha"], ",".join(about["target_modules"]), name)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
 from pathlib import Path
+from typing import TextIO
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -49,6 +50,40 @@ def ending(*more: type[Exception]) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # or Python complains once more at its end
     except (ValueError, OSError, ImportError, FloatingPointError, *more) as error:
         sys.exit(f"error: {in_one_line(error)}")
+
+
+class Screen:
+    """stdout or stderr of a run of hours: where its reader has gone, as a killed tee has, it says the rest to nobody, and the run goes on."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.heard(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.heard(self.stream.flush)
+
+    def heard(self, do: Callable, *given: str) -> int | None:
+        try:
+            return do(*given)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return None
+
+
+@contextmanager
+def full_disk(path: str | Path) -> Iterator[None]:
+    """Turns what safetensors and tokenizers, of the latter a bare Exception, make of a full disk into an OSError."""
+    def told(kind: type | None, error: BaseException | None, _trace: object) -> None:
+        if kind in (Exception, SafetensorError):
+            raise OSError(f"{path}: could not be written ({error}): make room") from None
+    with ExitStack() as after:
+        after.push(told)
+        yield
 
 
 @contextmanager

@@ -26,12 +26,11 @@ import tiktoken
 import torch
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from command import Parser, decoded, ending, one_line, put_aside, tell
+from command import Parser, decoded, ending, full_disk, one_line, put_aside, tell
 from parallel import use_device
 
 disable_progress_bar()                                   # weights load in a moment; the screen belongs to the run
@@ -242,11 +241,9 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """The inverse of load_model: a Hugging Face checkpoint folder. `state`: the whole tensors, where the model itself has only shards."""
-    try:
+    with full_disk(path):
         model.save_pretrained(path, state_dict=state)
-    except SafetensorError as error:                     # a full disk: no OSError
-        raise OSError(f"{path}: the model could not be written ({error}): make room") from None
-    tokenizer.save_pretrained(str(path))
+        tokenizer.save_pretrained(str(path))
 
 
 def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[set[int], int]:

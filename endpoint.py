@@ -85,7 +85,7 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, max_new_tokens: int, concurrency: int = 32, deadline: float = 120.0, retries: int = 4, backoff: float = 0.5,
                  breaker: int = 20, cooldown: float = 30.0, raise_when_down: bool = False, top_logprobs: int = 20, extra: dict[str, object] | None = None):
-        if not re.fullmatch(r"https?://[^\s/@][^\s@]*", url):
+        if not (found := re.fullmatch(r"https?://(?:\[[^\s/@\]]+\]|[^\s/@:\[\]]+)(?::(\d+))?(?:/[^\s@]*)?", url)) or int(found[1] or 0) > 65535:
             raise ValueError("the url must look like http://host:port/v1, with no user or password in it: a key goes into OPENAI_API_KEY")
         model, mark, fields = model.partition("#{")
         given = decoded((mark[1:] + fields or "{}").encode(), f"request fields behind the name of the model, {mark}{fields}")

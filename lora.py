@@ -38,6 +38,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, targets: str, ba
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base, task_type="CAUSAL_LM"), model)
     check_head(model)
+    if targets != "all-linear" and (idle := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in adapted(model))]):
+        raise ValueError(f"--lora_targets {targets}: no layer of this model is called {idle[0]!r}; mend or leave it out")
     if odd := [name for name, module in adapted(model).items() if not isinstance(module.base_layer, torch.nn.Linear)]:
         raise ValueError(f"--lora_targets {targets}: {odd[0]} is no linear layer; leave it out")
     for p in model.parameters():

@@ -17,8 +17,6 @@ import itertools
 import json
 import math
 import random
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,15 +28,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import plan
-from checkpoint import FREE, Checkpoints, load_checkpoint, start_folder
-from command import ConfigParser, ending, flag, folder, write_record, writing
+from checkpoint import FREE, Checkpoints, clear, load_checkpoint, start_folder
+from command import ConfigParser, flag, folder, write_record, writing
 from data import NO_EOS, Tokenizer, chat_ids, data_file, half_pair, join_completion, load_model, load_problems, load_tokenizer, opening, problem_ids, read_jsonl, save_model, tell
 from gsrm import DECOMPOSE, JUDGE, NO_STEPS, parse_steps
 from logprob import linear_logprob
-from parallel import all_sum, finish, finite, hollow, inside, plain, rank, recompute, shard, start, units, use_device, whole_state, world
+from parallel import all_sum, finite, hollow, inside, plain, rank, recompute, shard, units, use_device, whole_state, world
 from rollout import check_head, micro_batches, predictors, without_dropout
 from update import adamw, even
-from watch import Leave, leaving, run_record
+from watch import Leave, leaving, run_record, training
 
 Pair = tuple[list[int], list[int]]                      # prompt ids, target ids
 
@@ -151,8 +149,9 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
 
 
 def load_pairs(config: Config, tokenizer: Tokenizer, positions: int = 1 << 30) -> list[Pair]:
-    """The token pairs of --data, as load_examples takes them."""
-    return [e.pair for e in load_examples(config, tokenizer, config.data, "train", positions)]
+    """The token pairs of --data that are trained on."""
+    examples = load_examples(config, tokenizer, config.data, "train", positions)
+    return [e.pair for e in (hold_out(examples, config.eval_share, config.seed)[0] if config.eval_share else examples)]
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -283,13 +282,14 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
                 if best or config.keep == "last" and step == steps:
                     save(model, tokenizer, out, config.dtype)
             keep = partial(checkpoints.save, model, tokenizer, optimizer, step, epochs=table, losses=losses)
-            if config.save_every and step % config.save_every == 0 and step < steps:
+            if due := bool(config.save_every) and step % config.save_every == 0 and step < steps:
                 keep()
             checkpoints.wait(0)
             try:
                 leave()
             except Leave as asked:
-                keep()
+                if not due:
+                    keep()
                 checkpoints.wait()
                 raise Leave(asked.number, step) from None
     checkpoints.wait()
@@ -330,16 +330,9 @@ def main(config: Config) -> None:
             if not any(out.glob("*.safetensors")):
                 raise FileNotFoundError(f"{out} has lost the weights of --keep {config.keep}: export the newest of its checkpoints/ with checkpoint.py, or choose another --out")
             (out / "sft.json").write_text(json.dumps(record | {"epochs": table}, indent=1))
-            shutil.rmtree(out / "checkpoints")
+            clear(out / "checkpoints")
             print(f"loss of the last epoch {table[-1]['loss']:.4f}, checkpoint in {out}")
 
 
 if __name__ == "__main__":
-    start()
-    try:
-        with ending():
-            main(parse_config())
-    except Leave as asked:
-        print(asked, file=sys.stderr)
-        sys.exit(128 + asked.number)
-    finish()
+    training(main, parse_config)

@@ -33,7 +33,7 @@ import plan
 import plots
 import report
 from checkpoint import Checkpoints, cut_logs, load_checkpoint, newest_of_all, start_folder
-from command import ConfigParser, ending, flag, folder, write_record, writing
+from command import ConfigParser, flag, folder, write_record, writing
 from data import Problem, Tokenizer, append_jsonl, data_file, load_model, load_problems, load_tokenizer, problem_ids, save_model, whole_turns
 from eval import before_after
 from gsrm import GSRM
@@ -42,7 +42,7 @@ from reward import advantages, reward_weights, score
 from rollout import Sampler, check_head, without_dropout
 from scorer import OwnReward, checkpoints_of, load_function, load_gsrm, true_structure
 from update import adamw, check_sound, load_teacher, merged, reference_logp, update
-from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, warnings
+from watch import Faults, Leave, dump, leaving, peak_gigabytes, run_record, tracker, training, warnings
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,8 @@ def main(config: Config) -> None:
         whole = parallel.whole_state(check_sound(run.model))
         if rank() == 0:
             lora.save_merged(run.model, run.tokenizer, out / "model", whole, out / "adapter") if config.lora_rank else save_model(run.model, run.tokenizer, out / "model", whole)
-            plots.plot([str(out)], out / "curve.png")
+            if (out / "log.jsonl").exists():                   # somebody has moved it, and nothing was left to train
+                plots.plot([str(out)], out / "curve.png")
         if run.held_out:
             measure(run, out / "eval_after.jsonl")
         if rank() == 0:
@@ -340,11 +341,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with ending():
-            parallel.start()
-            main(parse_config())
-    except Leave as asked:
-        print(asked, file=sys.stderr)
-        sys.exit(128 + asked.number)                      # what a shell expects of a process that a signal has ended
-    parallel.finish()                                     # only then: after an error the others may hang in a collective, and torchrun ends them
+    training(main, parse_config)

@@ -23,9 +23,9 @@ from typing import Protocol
 import torch
 from transformers.utils import cached_file
 
-from command import one_line
+from command import Screen, ending, one_line
 from data import Tokenizer, check_folder, file_hash, template_hash
-from parallel import all_max, rank, world
+from parallel import all_max, finish, rank, start, world
 
 # ------------------------------------------------------------------------------------------------ why nothing is being learned
 
@@ -124,6 +124,20 @@ def leaving() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def training(main: Callable, parse: Callable) -> None:
+    """A training command as a process, alone or one of torchrun's: main(parse()), with one line where its input is bad, a signal's exit status where one has ended it,
+    and to its end where nobody reads its screen any more."""
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    try:
+        with ending():
+            start()
+            main(parse())
+    except Leave as asked:
+        print(asked, file=sys.stderr)
+        sys.exit(128 + asked.number)                          # what a shell expects of a process that a signal has ended
+    finish()                                                  # only then: after an error the others may hang in a collective, and torchrun ends them
 
 # ------------------------------------------------------------------------------------------------ the record, and dashboards
 

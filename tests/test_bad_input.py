@@ -165,6 +165,8 @@ BAD = [   # command line, what its one line has to say
     (CARD + "--out {w}/kept.jsonl", "kept.jsonl exists already: choose another --out"),
     (CARD + "--out {w}/kept.jsonl/x.json", "kept.jsonl: File exists: choose another path"),
     (ANNOTATE + "--url nonsense", "the url must look like http://host:port/v1"),
+    (ANNOTATE + "--url http://127.0.0.1:80O0/v1", "the url must look like http://host:port/v1"),
+    (CARD + "--gsrm http://127.0.0.1:99999/v1#m", "the url must look like http://host:port/v1"),
     (ANNOTATE + "--concurrency 0", "--concurrency: '0' is not a whole number of 1 or more"),
     (ANNOTATE + "--limit -1", "--limit: '-1' is not a whole number of 0 or more"),
     ("gsrm.py annotate {w}/bare.jsonl --url http://127.0.0.1:9/v1 --model m --out {w}/new.jsonl", "no problem has a teacher trace"),
@@ -348,6 +350,17 @@ def test_the_same_commands_without_the_mistake(w, tmp_path):
                  TOY + "--out {w}/more.jsonl", "eval.py show {w}/run"):
         status, _, err = command(line.format(w=tmp_path / "w"))
         assert status == 0, (line, err)
+
+
+def test_a_training_run_goes_on_without_a_reader(tmp_path):
+    """`train.py ... 2>&1 | head -1` ends as without it: what is trained does not hang on a screen."""
+    code = (f"import sys; sys.path.insert(0, '.'); from pathlib import Path; from tqdm import tqdm; from watch import training\n"
+            f"def main(config):\n    for n in tqdm(range(2_000), mininterval=0):\n        print('line' * 100, flush=True)\n"
+            f"    print('more', file=sys.stderr)\n    Path('{tmp_path}/done').write_text('whole')\ntraining(main, lambda: None)")
+    for pipe in ("| head -1", "2>&1 | head -1"):
+        piped = subprocess.run(["bash", "-c", f'set -o pipefail; "$0" -c "$1" {pipe}', sys.executable, code], cwd=ROOT, capture_output=True, text=True)
+        assert piped.returncode == 0 and "Traceback" not in piped.stderr and (tmp_path / "done").read_text() == "whole" and 400 < len(piped.stdout) < 9_000
+        (tmp_path / "done").unlink()
 
 
 def test_ctrl_c_and_a_reader_that_has_gone_leave_no_traceback():

@@ -1,6 +1,7 @@
 """Figures of card.py against closed forms, its attacks as pure functions, and the command. `python -m pytest tests/test_card.py`"""
 import json
 import math
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -28,7 +29,7 @@ from card import (
     value_of,
 )
 from data import Problem, load_problems
-from gsrm import GSRM, KINDS, NO_STEPS, Step, exact_judge, format_steps, judge_by, parse_steps, reading_rule
+from gsrm import GSRM, KINDS, NO_STEPS, Step, decompose_prompt, exact_judge, format_steps, judge_by, parse_steps, reading_rule
 
 ROOT = Path(card.__file__).parent
 GOLD = [Step(f"m{i}", f"q{i}", f"a{i}") for i in range(1, 5)]
@@ -95,9 +96,27 @@ def test_every_line_of_the_public_file_is_read() -> None:
 
 def test_unfaithful_steps_are_counted_before_they_are_left_out() -> None:
     written = format_steps([Step("m", "q", "seven"), Step("m", "q", "99")])
-    read, faithful = card.decompose(GSRM(lambda prompts: [written] * len(prompts), exact_judge), ["p", "p"], ["it is seven"] * 2)
+    read, answered, faithful = card.decompose(GSRM(lambda prompts: [written] * len(prompts), exact_judge), ["p", "p"], ["it is seven"] * 2)
     assert read == [[Step("m", "q", "seven")]] * 2 and faithful == 1 / 2
-    assert card.decompose(GSRM(lambda prompts: [None] * len(prompts), exact_judge), ["p"], ["it is seven"]) == ([None], 0)
+    assert all(answered) and card.decompose(GSRM(lambda prompts: [None] * len(prompts), exact_judge), ["p"], ["it is seven"]) == ([None], [False], None)
+
+
+def test_an_outage_is_no_misreading() -> None:
+    """A rule that reads everything right, but that nobody could reach for every second problem, reads perfectly; garbage in its place does not."""
+    problems = [Problem(f"p{n}", f"Problem {n}: what is {n} and {n}?", str(2 * n), (f"{n} and {n} is {2 * n}. So it is {2 * n}.",)) for n in range(4)]
+    steps = lambda trace: [Step("to add", "the sum", value) for value in re.findall(r"and \d is (\d)", trace)]
+    by_prompt = {decompose_prompt(p.problem, p.teachers[0]): format_steps(steps(p.teachers[0])) for p in problems}
+
+    def reading(instead: str | None) -> dict:
+        away = {decompose_prompt(p.problem, p.teachers[0]) for p in problems[::2]}
+        gsrm = GSRM(lambda prompts: [instead if prompt in away else by_prompt.get(prompt, "") for prompt in prompts], exact_judge)
+        return card.full_card(gsrm, problems, [], steps, None, [])["reading"][card.TEACHER]
+    out, garbage = reading(None), reading("no step at all")
+    assert out == dict(traces=2, exact=1, precision=1, recall=1, f1=1, length_ratio=1, unread=0, faithful=1, failed=1 / 2)
+    assert {name: garbage[name] for name in ("traces", "exact", "recall", "unread", "failed")} == dict(traces=4, exact=1 / 2, recall=1 / 2, unread=1 / 2, failed=0)
+    by_prompt.clear()
+    nothing = card.full_card(GSRM(lambda prompts: [None] * len(prompts), exact_judge), problems, [], steps, None, [])["reading"][card.TEACHER]
+    assert nothing == {"traces": 0, "unread": None, "faithful": None, "failed": 1.0}
 
 # ------------------------------------------------------------------------------------------------ the judge
 
@@ -202,7 +221,7 @@ def test_full_card_against_human_steps_and_without_any_gold() -> None:
     assert values["f1"] == 1 and values["exact"] == 1 and queries["precision"] == pytest.approx(1 / 3) and queries["exact"] == 0 and values["length_ratio"] == 1
     assert got["judge"]["same"]["pairs"] == 2 * 3                    # the three problems' steps are the same ones: each distinct pair of queries and of answers once
     bare = full_card(GSRM(reading_rule(read), exact_judge), list(problems), [], None, None, [])
-    assert bare["reading"] == {card.TEACHER: {"traces": 3, "unread": 0, "faithful": 1}} and "same" not in bare["judge"] and bare["attacks"]["(honest)"]["honest"] > 0
+    assert bare["reading"] == {card.TEACHER: {"traces": 3, "unread": 0, "faithful": 1, "failed": 0}} and "same" not in bare["judge"] and bare["attacks"]["(honest)"]["honest"] > 0
 
 
 def run(*command: str) -> subprocess.CompletedProcess:

@@ -333,6 +333,42 @@ def test_a_step_that_was_not_finite_has_no_checkpoint(tmp_path):
     assert lost(tmp_path, 2, []) == "" != lost(tmp_path, 1, [])
 
 
+@pytest.mark.parametrize("name", ["config", "data", "models"])
+def test_a_record_that_no_run_has_written_is_named(data, straight, tmp_path, name):  # noqa: F811
+    out = copy(straight, tmp_path / "out")
+    (out / "run.json").write_text(json.dumps(json.loads((out / "run.json").read_text()) | {name: ["mine"]}))
+    with pytest.raises(ValueError, match=f"run.json: '{name}' is no object, as a run writes it: put the file back, or choose another --out"):
+        train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
+
+
+def test_a_run_that_starts_over_says_so_and_one_refused_keeps_its_evaluation(data, tmp_path, capsys):  # noqa: F811
+    """Two steps and no checkpoint yet: they are made again. A broken line of the log: nothing is removed."""
+    train.main(config(data, tmp_path, "--steps", "2", "--save_every", "0"))
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "eval_after.jsonl").write_text("kept")
+    capsys.readouterr()
+    whole = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "rollouts.jsonl").write_text("broken\n" + (rollouts := (tmp_path / "rollouts.jsonl").read_text()))
+    with pytest.raises(ValueError, match="rollouts.jsonl:1: expected the log line"):
+        train.main(config(data, tmp_path, "--steps", "2", "--save_every", "0", "--resume", "auto"))
+    assert (tmp_path / "eval_after.jsonl").read_text() == "kept"
+    (tmp_path / "rollouts.jsonl").write_text(rollouts)
+    (tmp_path / "log.jsonl").write_text(whole)
+    capsys.readouterr()
+    train.main(config(data, tmp_path, "--steps", "2", "--save_every", "0", "--resume", "auto"))
+    said = capsys.readouterr().err
+    assert f"note: no checkpoint in {tmp_path}/checkpoints yet: the run starts over\n" in said and "note: 2 logged steps after step 0, " in said
+    assert len(lines(tmp_path)) == 2 and not (tmp_path / "eval_after.jsonl").exists()
+
+
+def test_a_finished_run_whose_log_has_gone_ends_as_it_did(data, straight, tmp_path):  # noqa: F811
+    out = copy(straight, tmp_path / "out")
+    (out / "log.jsonl").unlink()
+    train.main(config(data, out, "--steps", "8", "--save_every", "2", "--keep", "4", "--resume", "auto"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(out).values(), strict=True))
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoints(small, tmp_path):
     """The system refuses files of more than 100 kB, as a full disk would."""
     checkpoints = Checkpoints(tmp_path)
@@ -356,8 +392,12 @@ def test_a_full_disk_at_the_end_is_said_in_one_line(small, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=f"{tmp_path}/model: the model could not be written .*: make room"):
+        with pytest.raises(OSError, match=f"{tmp_path}/model: could not be written .*: make room"):
             save_model(small[0], small[1], tmp_path / "model")
+        fast = tiny.tokenizer("chatml")
+        fast.add_tokens([f"<{n}>" for n in range(2_000)])                      # its file is larger than that, and tokenizers raises a bare Exception
+        with pytest.raises(OSError, match="step_000001: could not be written .*: make room"):
+            Checkpoints(tmp_path / "checkpoints").save(small[0], fast, small[2], 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -394,8 +434,11 @@ def test_buffers_that_belong_to_the_weights_are_exported_too(small, tmp_path, mo
 def test_a_gap_in_the_log_is_said(tmp_path, capsys):
     for steps, lacks in (((1, 2, 3, 4), 0), ((1, 2), 1), ((1, 2, 4), 0), ((), 3)):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
-        cut_logs(tmp_path, 3 if 3 in steps or lacks else 2)
-        assert (f"lacks {lacks} of the 3 steps" in (said := capsys.readouterr().err)) == bool(lacks) == bool(said)
+        cut_logs(tmp_path, at := 3 if 3 in steps or lacks else 2)
+        assert (f"lacks {lacks} of the 3 steps" in (said := capsys.readouterr().err)) == bool(lacks)
+        again = sum(step > at for step in steps)
+        assert (f"note: {again} logged step after step {at}, the newest checkpoint's, will be made again\n" in said) == bool(again)
+        assert said.count("\n") == bool(lacks) + bool(again)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(data, tmp_path):  # noqa: F811

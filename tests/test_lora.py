@@ -1,5 +1,6 @@
 """LoRA: the reference is the start, checkpoints hold adapters only, resume is bitwise, what is exported is merged and plain. Needs peft."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -83,7 +84,8 @@ def test_with_the_adapters_off_it_is_the_start(peft):
     assert model.training and not torch.allclose(model(input_ids=X).logits, base(input_ids=X).logits, atol=0.1)
 
 
-@pytest.mark.parametrize("targets, says", [("lm_head", "the head is"), ("q_proj,embed_tokens", "embed_tokens is no linear layer"), ("nowhere", "not found")])
+@pytest.mark.parametrize("targets, says", [("lm_head", "the head is"), ("q_proj,embed_tokens", "embed_tokens is no linear layer"), ("nowhere", "not found"),
+                                           ("q_proj,v_porj", "no layer of this model is called 'v_porj'"), ("proj", "no layer|not found")])
 def test_adapters_where_they_cannot_be_are_refused(peft, targets, says):
     with pytest.raises(ValueError, match=says):
         lora.add_adapters(load_model("toy/student")[0], 4, 8, targets, "toy/student")
@@ -121,6 +123,16 @@ def test_a_checkpoint_is_exported_merged(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = weights(straight), weights(tmp_path)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_adapters_are_not_exported_on_a_base_that_is_another_one_now(straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"models": dict.fromkeys(record["models"], "0" * 16)}))
+    done = subprocess.run([sys.executable, "checkpoint.py", str(run / "checkpoints" / "step_000003"), "--out", str(tmp_path / "model")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "model").exists()
+    assert done.stderr.startswith("error: the adapters' model, toy/student, is not what it was in training (SHA-256 0000000000000000..., now ") and done.stderr.count("\n") == 1
 
 
 def test_a_checkpoint_is_exported_on_the_base_that_the_run_computed_with(peft, data, tmp_path):  # noqa: F811

@@ -1,5 +1,6 @@
 """The plan against hand calculations and against real tensors; every preset in a small step; nothing is loaded or written by --dry_run."""
 import json
+import math
 import os
 import re
 import subprocess
@@ -207,12 +208,17 @@ def test_bytes_of_the_paper_s_gsrm_by_hand(capsys, tmp_path, monkeypatch):
 
 
 def test_dry_run_of_sft_counts_pairs_that_lie_here(data, tmp_path, capsys):  # noqa: F811
-    sft.main(cfg := sft.parse_config(["--dry_run", "--model", "toy/student", "--data", str(data), "--epochs", "3", "--out", str(tmp_path / "out")]))
-    pairs, out = sft.load_pairs(cfg, load_tokenizer("toy/student")), capsys.readouterr().out
-    longest = max(len(p) + len(t) for p, t in pairs)
-    assert (f"; {len(pairs)} pairs, {round(3 * len(pairs) / 4)} steps; at most {longest} tokens each (the longest of {data}), {4 * longest} a step" in out
-            and "\nfits in 80 GB" in out)
-    assert not (tmp_path / "out").exists()
+    """What is held out is not counted, and the last batch of the last epoch is a step, too: the numbers are those that the run says."""
+    for share, batch in (("0", "5"), ("0.5", "4")):
+        flags = ["--model", "toy/student", "--data", str(data), "--epochs", "1", "--batch_size", batch, "--eval_share", share, "--device", "cpu", "--out", str(tmp_path / share)]
+        sft.main(cfg := sft.parse_config([*flags, "--dry_run"]))
+        pairs, out = sft.load_pairs(cfg, load_tokenizer("toy/student")), capsys.readouterr().out
+        longest, steps = max(len(p) + len(t) for p, t in pairs), math.ceil(len(pairs) / int(batch))
+        assert f"; {len(pairs)} pairs, {steps} steps; at most {longest} tokens each (the longest of {data}), {int(batch) * longest} a step" in out and "\nfits in 80 GB" in out
+        assert not (tmp_path / share).exists()
+        sft.main(sft.parse_config(flags))
+        said = capsys.readouterr().out
+        assert said.startswith(f"{len(pairs)} pairs, ") and f", {steps} steps of {batch}, " in said
 
 
 def test_dry_run_of_sft_plans_for_the_pairs_that_the_run_takes(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -656,6 +657,32 @@ def test_a_run_killed_while_it_writes_and_one_told_to_leave_end_as_the_straight_
     with pytest.raises(ValueError, match="holds a checkpoint or a run already: choose another --out$"):
         sft.main(parse_config([*flags, str(tmp_path / "told"), "--resume", "auto"]))             # it is through
     torch.set_num_threads(before)
+
+
+def test_a_signal_on_a_step_with_a_checkpoint_writes_no_second_one_and_copies_of_the_user_s_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                                                capsys: pytest.CaptureFixture) -> None:
+    """Between removing the one of that step and renaming its successor a kill would find none."""
+    tiny().save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    path, out = file_of(tmp_path, *[{"prompt": f"Ann {i}", "target": f" has {i}"} for i in range(6)]), tmp_path / "out"
+    flags = f"--model {tmp_path}/start --data {path} --epochs 2 --batch_size 1 --save_every 4 --device cpu --resume auto --out {out}".split()
+    saved, real, save = [], sft.train_pairs, sft.Checkpoints.save
+
+    def told(*arguments: object) -> Iterator[float]:
+        for step, loss in enumerate(real(*arguments), 1):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield loss
+    monkeypatch.setattr(sft.Checkpoints, "save", lambda self, *given, **notes: saved.append(given[3]) or save(self, *given, **notes))
+    with monkeypatch.context() as patch, pytest.raises(Leave, match="stopped after step 4"):
+        patch.setattr(sft, "train_pairs", told)
+        sft.main(parse_config(flags))
+    assert saved == [4] and [path.name for path in (out / "checkpoints").iterdir()] == ["step_000004"]
+    (out / "checkpoints/best.pt").write_text("mine")
+    shutil.copytree(out / "checkpoints/step_000004", out / "checkpoints/step_000004_mine")
+    sft.main(parse_config(flags))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["best.pt", "step_000004_mine"] and (out / "sft.json").exists()
+    assert "starts over" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pairs", "problems"])
