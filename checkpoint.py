@@ -241,9 +241,9 @@ def lost(out: Path, save_every: int, passed: list[str]) -> str:
 
 def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, model: str = "model") -> tuple[Path | None, list[str]]:
     """-> (the checkpoint in `out` to go on from, None for a new run; which were passed over and why). `record`: the run_record of the run that is to go on or begin,
-    which writes its model into the folder `model` of `out`; data that only the earlier one has noted (--eval_problems 0 now) are added to it. ValueError where `out`
-    holds a run that is not to be resumed, one of other settings (but for the `free` ones), data or models, one whose checkpoints are gone, or anything that a new run
-    would mix with or write over, such as --model itself. A collective."""
+    which writes its model into the folder `model` of `out`; added to it are data that only the earlier one has noted (--eval_problems 0 now), and what that one was
+    made by (as "earlier", the oldest first). ValueError where `out` holds a run that is not to be resumed, one of other settings (but for the `free` ones), data or models,
+    one whose checkpoints are gone, or anything that a new run would mix with or write over, such as --model itself. A collective."""
     if resume not in ("", "auto"):
         raise ValueError(f"--resume {resume}: only 'auto' (the newest whole checkpoint in --out) is known")
     if (out / model).resolve() == Path(record["config"]["model"]).resolve():
@@ -261,6 +261,8 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
     if before and (why := changed(before, record, free)):
         raise ValueError(f"--resume: {why}")
     record["data"] |= dict(list(before.get("data", {}).items())[len(record["data"]):])
+    if before:                                                # what made the steps before each resume
+        record["earlier"] = [*before.get("earlier", ()), {name: before.get(name) for name in ("command", "commit", "versions", "machine", "processes")}]
     all_max(0)                                                # the first process writes run.json anew: not before all have read it
     start, passed = newest_of_all(out / "checkpoints") if before else (None, [])
     if start and int(start.name[5:]) > record["config"].get("steps", math.inf):

@@ -344,6 +344,7 @@ def test_a_record_that_no_run_has_written_is_named(data, straight, tmp_path, nam
 def test_a_run_that_starts_over_says_so_and_one_refused_keeps_its_evaluation(data, tmp_path, capsys):  # noqa: F811
     """Two steps and no checkpoint yet: they are made again. A broken line of the log: nothing is removed."""
     train.main(config(data, tmp_path, "--steps", "2", "--save_every", "0"))
+    first = json.loads((tmp_path / "run.json").read_text())
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "eval_after.jsonl").write_text("kept")
@@ -358,6 +359,8 @@ def test_a_run_that_starts_over_says_so_and_one_refused_keeps_its_evaluation(dat
     capsys.readouterr()
     train.main(config(data, tmp_path, "--steps", "2", "--save_every", "0", "--resume", "auto"))
     said = capsys.readouterr().err
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["earlier"] == [{name: first[name] for name in ("command", "commit", "versions", "machine", "processes")}] and first["machine"]
     assert f"note: no checkpoint in {tmp_path}/checkpoints yet: the run starts over\n" in said and "note: 2 logged steps after step 0, " in said
     assert len(lines(tmp_path)) == 2 and not (tmp_path / "eval_after.jsonl").exists()
 
