@@ -58,6 +58,7 @@ ARMS: dict[str, list[str]] = {                            # name -> commands; th
     "base": [], "grpo": [TRAIN + " --w_structure 0"], "rlkd": [TRAIN], **{f"sft {n}": [command] for n, command in SFTS.items()},
     "structure only": [TRAIN + " --w_outcome 0"], "rlkd, true structure": [TRUE], "rlkd, one teacher": [TRAIN + " --max_teachers 1"],
     "sft 512 -> grpo": [SFTS[512], TRAIN + FROM_SFT + " --w_structure 0"], "sft 512 -> rlkd": [SFTS[512], TRAIN + FROM_SFT],
+    **{f"sft 512 -> {name}, lr/3": [SFTS[512], TRAIN + FROM_SFT + more + " --lr 1e-4"] for name, more in (("grpo", " --w_structure 0"), ("rlkd", ""))},
     **{f"sft {n}, own words": [command] for n, command in OWNS.items()},
     "sft 512, own words -> grpo": [OWNS[512], TRAIN + FROM_OWN + " --w_structure 0"], "sft 512, own words -> rlkd": [OWNS[512], TRAIN + FROM_OWN],
     "grpo, outcome alone, weight 1": [TRAIN + " --w_structure 0 --w_outcome 1 --w_format 0"],
