@@ -306,12 +306,13 @@ def main() -> None:
         sys.exit(f"error: {args.out} is there already: choose another --out")
     if (note := args.checkpoint / "adapter_config.json").is_file():
         about, dtype = json.loads(note.read_text()), AutoConfig.from_pretrained(args.checkpoint).dtype or torch.float32               # what the run held its base in
-        if (run := args.checkpoint.resolve().parent.parent / "run.json").is_file():
-            was = read_record(run, "models")["models"].get(about["base_model_name_or_path"])
-            if was and was != (now := model_hash(about["base_model_name_or_path"])[:len(was)]):
-                sys.exit(f"error: the adapters' model, {about['base_model_name_or_path']}, is not what it was in training (SHA-256 {was}..., now {now}...): put the old one back")
+        run = args.checkpoint.resolve().parent.parent / "run.json"
+        known = read_record(run).get("models") if run.is_file() else None
         try:
             base, _ = load_model(name := about["base_model_name_or_path"], dtype=str(dtype).removeprefix("torch."))
+            was = known.get(name, "") if isinstance(known, dict) else ""
+            if (now := model_hash(name)[:len(was)]) != was:
+                raise ValueError(f"{name} is not what it was in training (SHA-256 {was}..., now {now}...): put the old one back")
             model = lora.add_adapters(base, about["r"], about["lora_alpha"], ",".join(about["target_modules"]), name)
         except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: the adapters' model: {error}")

@@ -23,6 +23,9 @@ CLAIMS = (   # what the paper reports or says, arm, against, figure
     ("RLKD beats GRPO after SFT (paper: AIME24 pass@1, of a distilled student)", "sft 512 -> rlkd", "sft 512 -> grpo", "sampled"),
     ("... without guesses", "sft 512 -> rlkd", "sft 512 -> grpo", "found@1"),
     ("... and at pass@64 (paper: the same student; here guesses do not count)", "sft 512 -> rlkd", "sft 512 -> grpo", "found@64"),
+    ("RLKD beats GRPO after SFT, both at a third of the rate", "sft 512 -> rlkd, lr/3", "sft 512 -> grpo, lr/3", "sampled"),
+    ("... without guesses", "sft 512 -> rlkd, lr/3", "sft 512 -> grpo, lr/3", "found@1"),
+    ("... and at pass@64", "sft 512 -> rlkd, lr/3", "sft 512 -> grpo, lr/3", "found@64"),
     ("RLKD without SFT beats SFT in the teacher's words (paper: RLKD-Zero, AIME24 pass@1, against an Instruct model of other data)", "rlkd", "sft 512", "sampled"),
     ("RLKD on 8 problems, given a reward model, beats SFT in the teacher's words on 8192 (paper: 0.1 % of the data are enough)", "rlkd, 8 problems", "sft 8192", "sampled"),
     ("RLKD follows the teacher's structure more than SFT in the teacher's words does (paper: SFT copies the surface)", "rlkd", "sft 512", "structure"),
@@ -74,6 +77,13 @@ BEYOND = (   # what we asked besides, or added
     ("... without guesses", "sft 512 -> grpo", "sft 512", "found@1"),
     ("RLKD after SFT in the teacher's words finds more than that student in many samples (pass@64 without guesses)", "sft 512 -> rlkd", "sft 512", "found@64"),
     ("GRPO after SFT in the teacher's words finds more than that student in many samples", "sft 512 -> grpo", "sft 512", "found@64"),
+    ("At a third of the rate, RLKD after SFT in the teacher's words improves on that student", "sft 512 -> rlkd, lr/3", "sft 512", "sampled"),
+    ("... without guesses", "sft 512 -> rlkd, lr/3", "sft 512", "found@1"),
+    ("... and in many samples", "sft 512 -> rlkd, lr/3", "sft 512", "found@64"),
+    ("... and it follows the teacher's structure more", "sft 512 -> rlkd, lr/3", "sft 512", "structure"),
+    ("At a third of the rate, GRPO improves on that student", "sft 512 -> grpo, lr/3", "sft 512", "sampled"),
+    ("... without guesses", "sft 512 -> grpo, lr/3", "sft 512", "found@1"),
+    ("... and in many samples", "sft 512 -> grpo, lr/3", "sft 512", "found@64"),
     ("On-policy distillation after SFT in the teacher's words improves on that student", "sft 512 -> distillation", "sft 512", "sampled"),
     ("... without guesses", "sft 512 -> distillation", "sft 512", "found@1"),
     ("... with one greedy answer", "sft 512 -> distillation", "sft 512", "greedy"),
@@ -198,8 +208,8 @@ QUOTES = (("RLKD - GRPO where outcomes are sparse, both at the preset's weights"
           ("RLKD - GRPO on the outcome alone at weight 1, dense", "dense", "rlkd", ALONE),
           ("RLKD - SFT on the same 512 problems in the teacher's words, sparse", "sparse", "rlkd", "sft 512"),
           ("RLKD - SFT on the same walks told in the student's own words, sparse", "sparse", "rlkd", "sft 512, own words"))            # of the README
-GLANCE = ("base", "grpo", ALONE, "structure only", "rlkd", "line similarity", "sft 512", "sft 512 -> grpo", "sft 512 -> rlkd", "sft 512 -> distillation",
-          "sft 512, own words", "sft 512, own words -> grpo", "sft 512, own words -> rlkd")
+GLANCE = ("base", "grpo", ALONE, "structure only", "rlkd", "line similarity", "sft 512", "sft 512 -> grpo", "sft 512 -> rlkd", "sft 512 -> grpo, lr/3",
+          "sft 512 -> rlkd, lr/3", "sft 512 -> distillation", "sft 512, own words", "sft 512, own words -> grpo", "sft 512, own words -> rlkd")
 REWARDS = ("structure : outcome 1/4", "structure : outcome 1/2", "structure : outcome 1", "structure : outcome 2", "no stop rule", "plain sum", "plain sum of raw",
            "no std", "Dr.GRPO", "GRPO's mean over rows", "two updates, clip 0.2", "two updates, DAPO's clip")
 

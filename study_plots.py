@@ -17,7 +17,7 @@ COLORS = {"base": "#777777", "grpo": RED, "rlkd": BLUE, "rlkd, true structure": 
           "sft 512, own words -> rlkd": "#5b2a86"}
 ALONE = "grpo, outcome alone, weight 1"                   # of its seeds few leave the floor: lines, no mean
 READ = {"rlkd": BLUE, "structure only": GREEN, "rlkd, 8 problems": ORANGE, "rlkd, 32 problems": SKY, "rlkd, 128 problems": PURPLE,          # by GSRM; and after SFT:
-        "sft 512 -> rlkd": COLORS["sft 512 -> rlkd"], "sft 512, own words -> rlkd": COLORS["sft 512, own words -> rlkd"]}
+        "sft 512 -> rlkd": COLORS["sft 512 -> rlkd"], "sft 512 -> rlkd, lr/3": "#999933", "sft 512, own words -> rlkd": COLORS["sft 512, own words -> rlkd"]}
 LEVELS = {"5-people": "2-3 of 5", "7-people": "3-4 of 7", "dense": "4-6 of 9", "sparse": "7-8 of 11", "13-people": "9-10 of 13"}
 
 

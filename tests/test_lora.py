@@ -132,7 +132,7 @@ def test_adapters_are_not_exported_on_a_base_that_is_another_one_now(straight, t
     (run / "run.json").write_text(json.dumps(record | {"models": dict.fromkeys(record["models"], "0" * 16)}))
     done = subprocess.run([sys.executable, "checkpoint.py", str(run / "checkpoints" / "step_000003"), "--out", str(tmp_path / "model")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "model").exists()
-    assert done.stderr.startswith("error: the adapters' model, toy/student, is not what it was in training (SHA-256 0000000000000000..., now ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the adapters' model: toy/student is not what it was in training (SHA-256 0000000000000000..., now ") and done.stderr.count("\n") == 1
 
 
 def test_a_checkpoint_is_exported_on_the_base_that_the_run_computed_with(peft, data, tmp_path):  # noqa: F811
