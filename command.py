@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import TextIO
@@ -38,6 +38,11 @@ def in_one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
+def hush(stream: TextIO) -> None:
+    """What is written to the stream from here on, and what it still holds, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextmanager
 def ending(*more: type[Exception]) -> Iterator[None]:
     """Turns the exceptions that bad input raises (and `more`) into an end with one line; Ctrl-C too, where a command has no better answer to it. A reader that has
@@ -47,7 +52,7 @@ def ending(*more: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # or Python complains once more at its end
+        hush(sys.stdout)                                      # or Python complains once more at its end
     except (ValueError, OSError, ImportError, FloatingPointError, *more) as error:
         sys.exit(f"error: {in_one_line(error)}")
 
@@ -71,32 +76,36 @@ class Screen:
         try:
             return do(*given)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            hush(self.stream)
             return None
 
 
 @contextmanager
-def full_disk(path: str | Path) -> Iterator[None]:
-    """Turns what safetensors and tokenizers, of the latter a bare Exception, make of a full disk into an OSError."""
+def turned(kinds: tuple[type[Exception], ...], into: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds, and a bare Exception as tokenizers raises it, no subclass of it, into another one."""
     def told(kind: type | None, error: BaseException | None, _trace: object) -> None:
-        if kind in (Exception, SafetensorError):
-            raise OSError(f"{path}: could not be written ({error}): make room") from None
+        if kind is Exception or kind and issubclass(kind, kinds):
+            raise into(error) from None
     with ExitStack() as after:
         after.push(told)
         yield
 
 
+def full_disk(path: str | Path) -> AbstractContextManager[None]:
+    """Turns what safetensors and tokenizers make of a full disk into an OSError."""
+    return turned((SafetensorError,), lambda error: OSError(f"{path}: could not be written ({error}): make room"))
+
+
 @contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
     """Turns the paragraphs of transformers on a checkpoint that cannot be loaded into a ValueError of one line."""
-    def told(kind: type | None, error: BaseException | None, _trace: object) -> None:
-        if kind is Exception or kind and issubclass(kind, UNREADABLE):           # tokenizers raises a bare Exception
-            what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
-            raise ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), kind.__name__)})") from None
+    def told(error: BaseException) -> ValueError:
+        what = "cannot be loaded; save or copy it again" if Path(path).exists() else "neither a folder here nor a hub name that can be reached"
+        return ValueError(f"{path}: {what} ({next(iter(str(error).splitlines()), type(error).__name__)})")
     with ExitStack() as after:
         after.callback(set_verbosity, get_verbosity())
         set_verbosity_error()                            # its report on the weights: data.load_model makes its own
-        after.push(told)
+        after.enter_context(turned(UNREADABLE, told))
         yield
 
 

@@ -332,12 +332,12 @@ def lesson(config: Lessons, s: Shape, longest: int, world: int) -> Plan:
     return replace(plan, memory={name: plan.memory[name] for name in ("always", "update")}, seconds={"update": plan.seconds["update"]})
 
 
-def show_lessons(config: Lessons, lengths: list[int], world: int) -> None:
-    """The same for sft.py. lengths: tokens of each pair, none where data and tokenizer do not lie here. ValueError where the model's config cannot be read."""
+def show_lessons(config: Lessons, lengths: list[int], steps: int, world: int) -> None:
+    """The same for sft.py, of so many steps. lengths: tokens of each pair, none where data and tokenizer do not lie here. ValueError where the model's config cannot be read."""
     s = shape(read_config(config.model))
     source = f"the longest of {config.data}" if lengths else "--max_length, or the model's positions, as no data and tokenizer lie here"
     longest = max(lengths) if lengths else config.max_length or s.positions
-    plan, counted = lesson(config, s, longest, world), f"; {len(lengths)} pairs, {math.ceil(config.epochs * len(lengths) / config.batch_size - 1e-9) or 1} steps" if lengths else ""
+    plan, counted = lesson(config, s, longest, world), f"; {len(lengths)} pairs, {steps} steps" if lengths else ""
     print(settings_of(config))
     print(f"model          {config.model}: {s.params / 1e6:,.2f}M parameters")
     print(f"batch          {config.batch_size} pairs a step over {world} process(es){counted}; at most {longest} tokens each ({source}), {config.batch_size * longest:,} a step")

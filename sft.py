@@ -163,6 +163,11 @@ def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Exa
     return [e for e in examples if e.source not in held], [e for e in examples if e.source in held]
 
 
+def steps_after(epochs: float, pairs: int, batch_size: int) -> int:
+    """The steps after which every pair has had its turn so many times."""
+    return max(1, math.ceil(epochs * pairs / batch_size - 1e-9))
+
+
 def shuffled(pairs: list[Pair], batch_size: int, seed: int) -> Iterator[list[Pair]]:
     """Endless batches, each epoch in an order of its own."""
     rng, queue = random.Random(seed), []
@@ -260,7 +265,7 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, dtype: str) ->
 
 def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: list[Pair], held_out: list[Pair], out: Path, start: Path | None) -> list[dict]:
     """Trains, from the checkpoint `start` if there is one, and writes the model into `out`; -> the losses of each epoch. Leave: asked to end, a checkpoint is written."""
-    after = lambda epochs: max(1, math.ceil(epochs * len(pairs) / config.batch_size - 1e-9))                                   # so many steps every pair has had its turn
+    after = lambda epochs: steps_after(epochs, len(pairs), config.batch_size)
     steps, ends = after(config.epochs), {after(min(e, config.epochs)): min(e, config.epochs) for e in range(1, math.ceil(config.epochs) + 1)}
     measure = lambda: mean_loss(model, held_out, config.max_tokens) if held_out else None
     optimizer, checkpoints = adamw(model), Checkpoints(out / "checkpoints", keep=1)
@@ -301,7 +306,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         here, positions = config.data and Path(config.model).is_dir(), getattr(plan.read_config(config.model), "max_position_embeddings", 1 << 30)
         lengths = [len(p) + len(t) for p, t in load_pairs(config, load_tokenizer(config.model), positions)] if here else []
-        return plan.show_lessons(config, lengths, world()) if rank() == 0 else None
+        return plan.show_lessons(config, lengths, steps_after(config.epochs, len(lengths), config.batch_size), world()) if rank() == 0 else None
     there = [name for name in ("config.json", "run.json", "sft.json") if (Path(config.out) / name).exists()]
     if there and not ((half := "run.json" in there and "sft.json" not in there) and config.resume):
         raise ValueError(f"{config.out} holds a checkpoint or a run already: choose another --out" + ", or go on with --resume auto" * half)
