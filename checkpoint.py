@@ -277,17 +277,16 @@ def start_folder(out: Path, record: dict, resume: str, free: set[str] = FREE, mo
 
 def cut_logs(out: Path, step: int, steps: int = 0) -> None:
     """Cuts off the log lines after `step`, so that a run that goes on from there doubles none; if it has `steps` to go to, the evaluation at its end goes too, which was
-    of a student that trains on. ValueError names a broken line by file and number."""
-    for name in ("log.jsonl", "rollouts.jsonl"):
-        if (out / name).exists():
-            rows = list(log_lines(out / name))
-            lines = [line for line, row in rows if row["step"] <= step]                # a last line torn, perhaps in a character, goes too
-            if name == "log.jsonl" and (again := len(rows) - len(lines)):
-                print(f"note: {again} logged step{'s' * (again > 1)} after step {step}, the newest checkpoint's, will be made again", file=sys.stderr)
-            write_aside(out / name, lambda file, lines=lines: file.write_bytes(b"".join(line + b"\n" for line in lines)))
-    there = [row["step"] for _, row in log_lines(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
-    if missing := step - len({*there}):
+    of a student that trains on. ValueError names a broken line by file and number, and both logs stay as they are."""
+    logs = {name: [(row["step"], line) for line, row in log_lines(out / name)]                 # both, before either is written; a last line torn goes, too
+            for name in ("log.jsonl", "rollouts.jsonl") if (out / name).exists()}
+    logged = [at for at, _ in logs.get("log.jsonl", ())]
+    if again := sum(at > step for at in logged):
+        print(f"note: {again} logged step{'s' * (again > 1)} after step {step}, the newest checkpoint's, will be made again", file=sys.stderr)
+    if missing := step - len({at for at in logged if at <= step}):
         print(f"note: {out / 'log.jsonl'} lacks {missing} of the {step} steps of the checkpoint: the run goes on all the same, its curves have a gap", file=sys.stderr)
+    for name, rows in logs.items():
+        write_aside(out / name, lambda file, rows=rows: file.write_bytes(b"".join(line + b"\n" for at, line in rows if at <= step)))
     if step < steps:
         (out / "eval_after.jsonl").unlink(missing_ok=True)
 

@@ -263,11 +263,13 @@ def test_logs_cut_at_any_byte_keep_the_lines_up_to_the_step(tmp_path):
 
 @pytest.mark.parametrize("name", ["log.jsonl", "rollouts.jsonl"])
 @pytest.mark.parametrize("broken", [b'{"step": 2, "tex', b'{"text": "a"}', b"[2]", b'{"step": "2"}', b'{"step": 2, "text": "\xe9"}'])
-def test_a_broken_line_of_a_log_is_named_and_the_log_left_as_it_is(tmp_path, name, broken):
-    (tmp_path / name).write_bytes(whole := b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
+def test_a_broken_line_of_a_log_is_named_and_both_logs_left_as_they_are(tmp_path, name, broken):
+    logs = {log: b'{"step": 1}\n' + (broken if log == name else b'{"step": 2}') + b'\n{"step": 3}\n' for log in ("log.jsonl", "rollouts.jsonl")}
+    for log, whole in logs.items():
+        (tmp_path / log).write_bytes(whole)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}:2: expected the log line of a training step"):
-        cut_logs(tmp_path, 3)
-    assert (tmp_path / name).read_bytes() == whole
+        cut_logs(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == logs
 
 
 GONE = {   # what is done to a run of 8 steps with a checkpoint every two -> what is said
