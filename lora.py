@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from data import Tokenizer, save_model
 from parallel import hollow
-from rollout import check_head
 
 
 def adapted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -27,21 +26,32 @@ def adapted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+def layers_of(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
+    """The layers that adapters on `targets` go to ("all-linear": every linear layer but the head; or ends of their names, "q_proj,v_proj"), by name. ValueError for
+    one of `targets` that names no layer, or the head, or a layer that is not linear."""
+    head = model.get_output_embeddings()
+    if targets == "all-linear":
+        return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    ends = [end.strip() for end in targets.split(",")]
+    found = {name: module for name, module in model.named_modules() if name and any(f".{name}".endswith(f".{end}") for end in ends)}
+    if idle := [end for end in ends if not any(f".{name}".endswith(f".{end}") for name in found)]:
+        raise ValueError(f"--lora_targets {targets}: no layer of this model is called {idle[0]!r}; mend or leave it out")
+    if odd := [name for name, module in found.items() if module is head or not isinstance(module, torch.nn.Linear)]:
+        raise ValueError(f"--lora_targets {targets}: {odd[0]} is {'the head' if found[odd[0]] is head else 'no linear layer'}; leave it out")
+    return found
+
+
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PreTrainedModel:
-    """`model` with trainable adapters on `targets` ("all-linear": every linear layer but the head; or names, "q_proj,v_proj"), in place, all else frozen.
-    base: where its weights came from, for whoever loads the adapters. ImportError without peft, ValueError where adapters cannot be."""
+    """`model` with trainable adapters on `targets` (`layers_of`), in place, all else frozen. base: where its weights came from, for whoever loads the adapters.
+    ImportError without peft, ValueError where adapters cannot be."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ImportError("--lora_rank: pip install peft, or --lora_rank 0 for full fine-tuning") from None
+    layers_of(model, targets)
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, base_model_name_or_path=base, task_type="CAUSAL_LM"), model)
-    check_head(model)
-    if targets != "all-linear" and (idle := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in adapted(model))]):
-        raise ValueError(f"--lora_targets {targets}: no layer of this model is called {idle[0]!r}; mend or leave it out")
-    if odd := [name for name, module in adapted(model).items() if not isinstance(module.base_layer, torch.nn.Linear)]:
-        raise ValueError(f"--lora_targets {targets}: {odd[0]} is no linear layer; leave it out")
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()                           # AdamW's steps would be rounded away in bfloat16

@@ -29,6 +29,7 @@ from command import one_line
 from data import Problem, Tokenizer, check_folder, load_problems, load_tokenizer, problem_ids, stop_and_pad_ids
 from decode import attention, cache_bytes
 from logprob import CHUNK, WORKSPACE
+from lora import layers_of
 from rollout import MAX_ROWS, MAX_TOKENS, Sampler
 
 BANDWIDTH, FLOPS = 2.0e12, 400e12        # bytes/s, FLOP/s in bfloat16: A100/H100-class, change them for another card
@@ -103,16 +104,13 @@ def read_config(path: str) -> PretrainedConfig:
 
 
 def shape(config: PretrainedConfig, lora_rank: int = 0, lora_targets: str = "all-linear") -> Shape:
-    """Counted on a model without memory."""
+    """Counted on a model without memory. ValueError for adapters that cannot be."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())] or [model]
-    names = None if lora_targets == "all-linear" else tuple(name.strip() for name in lora_targets.split(","))
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
-              and (names is None or name.split(".")[-1] in names)]
-    text = config.get_text_config()
-    adapters, I = sum(lora_rank * (m.in_features + m.out_features) for m in linear), getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    linear, text = layers_of(model, lora_targets) if lora_rank else {}, config.get_text_config()
+    adapters, I = sum(lora_rank * (m.in_features + m.out_features) for m in linear.values()), getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(count(model), max(map(count, layers)), count(model) - sum(map(count, layers)), adapters, text.num_hidden_layers, text.hidden_size, I, text.vocab_size,
                  *attention(text), getattr(text, "max_position_embeddings", 1 << 30), sum(1 << (p.numel() - 1).bit_length() for p in model.parameters()), cache_bytes(config, 1))
 

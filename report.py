@@ -124,7 +124,7 @@ def print_table(columns: dict[str, dict[str, tuple]], errors: bool = False) -> N
     """One row a metric, one column a model: mean and 95 % interval, with `errors` one more digit and the standard error."""
     number = lambda x: f"{x:.{2 if not errors else 3 if abs(x) < 10 else 1}f}"
     def cell(mean: float, low: float, high: float, error: float = 0.0) -> str:
-        known = low != high and math.isfinite(error)                                  # one problem has no interval
+        known = low < high and math.isfinite(error)                                   # one problem has no interval
         return number(mean) + ((f" +- {number(error)}" if errors else "") + f"  [{number(low)}, {number(high)}]" if known else "")
     width = max(*map(len, columns), 34 if errors else 24) + 2
     print(f"{'mean +- std. error [95 %]' if errors else '':<28}" + "".join(f"{name:>{width}}" for name in columns))

@@ -134,11 +134,11 @@ def predictors(model: PreTrainedModel, prompts: list[list[int]], completions: li
     """(hidden (n, D), targets (n,)): for every completion token, in row order, the hidden state that predicts it. log p(target) is then
     log_softmax(hidden @ lm_head.T / T)[target]. Rows are padded on the right, where causal attention cannot see. This is where the shift by one happens."""
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-    width, device = max(map(len, rows)) - 1, model.device                                                   # the last token predicts nothing
+    width, device = max(2, *map(len, rows)) - 1, model.device                                               # the last token predicts nothing
     ids = torch.tensor([(row + [0] * width)[:width] for row in rows], device=device)
     where = torch.tensor([[False] * (len(p) - 1) + [True] * len(c) + [False] * (width + 1 - len(p) - len(c)) for p, c in zip(prompts, completions)], device=device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                             # (N, width, D)
-    return hidden[where], torch.tensor([token for c in completions for token in c], device=device)
+    return hidden[where], torch.tensor([token for c in completions for token in c], dtype=torch.int64, device=device)
 
 
 EXACT = {"cuda"}                                        # kinds of device on which the head's logits are float32, whatever the model computes in

@@ -143,7 +143,8 @@ def load_examples(config: Config, tokenizer: Tokenizer, path: str, split: str = 
     length = lambda e: len(e.pair[0]) + len(e.pair[1])
     if long := [f"{e.where}: {length(e)} tokens" for e in examples if length(e) > most]:
         if not config.skip_long or len(long) == len(examples):
-            raise ValueError(f"{long[0]}, more than {most} (--max_length, the model's positions); {len(long)} of {len(examples)} pairs are too long: --skip_long leaves them out")
+            helps = "--skip_long leaves them out" if len(long) < len(examples) else "a longer --max_length helps, or a model of more positions"
+            raise ValueError(f"{long[0]}, more than {most} (--max_length, the model's positions); {len(long)} of {len(examples)} pairs are too long: {helps}")
         tell(f"pairs of {path} are longer than {most} tokens and are left out", long)
     return [e for e in examples if length(e) <= most]
 
@@ -283,7 +284,8 @@ def learn(config: Config, model: PreTrainedModel, tokenizer: Tokenizer, pairs: l
             if step in ends:
                 table.append(row := {"epoch": ends[step], "step": step, "loss": sum(losses) / len(losses), "held_out": measure()})
                 losses, best = [], config.keep == "best" and row["held_out"] == min(r["held_out"] for r in table)
-                bar.write(f"epoch {row['epoch']}, step {step}: loss {row['loss']:.4f}" + f", held out {row['held_out'] or 0:.4f}" * bool(held_out) + ", the best so far" * best)
+                if rank() == 0:                           # tqdm's write knows of no `disable`
+                    bar.write(f"epoch {row['epoch']}, step {step}: loss {row['loss']:.4f}" + f", held out {row['held_out'] or 0:.4f}" * bool(held_out) + ", the best so far" * best)
                 if best or config.keep == "last" and step == steps:
                     save(model, tokenizer, out, config.dtype)
             keep = partial(checkpoints.save, model, tokenizer, optimizer, step, epochs=table, losses=losses)

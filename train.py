@@ -109,7 +109,7 @@ class Config:
     warn_entropy: float = flag(0.02, "warn below so many nats a token")
     warn_truncated: float = flag(0.8, "warn above this share of cut-off completions")
     warn_spreadless: float = flag(0.8, "warn above this share of groups with equal rewards")
-    warn_ratio: float = flag(1.0, "warn above this difference of sampler and trainer on a token, nats")
+    warn_ratio: float = flag(1.0, "warn above this difference of sampler and trainer on a token, nats (looked at with --updates_per_batch 1 only)")
     warn_unscored: float = flag(0.1, "warn above this share of completions without a reward")
     log_to: Literal["", "wandb", "trackio", "tensorboard"] = flag("", "wandb, trackio or tensorboard, besides log.jsonl")
     dry_run: bool = flag(False, "print the settings, the batch, an estimate of memory and time (plan.py), and end")

@@ -109,7 +109,7 @@ BAD = [   # command line, what its one line has to say
     (SFT + "--data {w}/pairs.jsonl", "pairs.jsonl:2: expected the two strings 'prompt' and 'target'"),
     (SFT + "--eval_data {w}/judged.jsonl", "problems.jsonl holds problems, --eval_data {w}/judged.jsonl prompt/target pairs: give held-out data of the same kind"),
     (SFT + "--data {w}/judged.jsonl --eval_data {w}/problems.jsonl", "judged.jsonl holds prompt/target pairs, --eval_data {w}/problems.jsonl problems: give held-out"),
-    (SFT + "--data {w}/long.jsonl", "--skip_long leaves them out"),
+    (SFT + "--data {w}/long.jsonl", "pairs are too long: a longer --max_length helps, or a model of more positions"),
     (SFT + "--data {w}/bare.jsonl", "no problem has a teacher trace, so there is nothing to imitate"),
     (SFT + "--model {w}/mixed", "so this is no checkpoint of a Qwen3ForCausalLM"),
     (SFT + "--dry_run --data {w}/nowhere.jsonl", "no problems at {w}/nowhere.jsonl: give a JSONL file"),

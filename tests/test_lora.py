@@ -57,7 +57,7 @@ def stirred(targets="all-linear"):
     return model
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj, v_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj, v_proj", "self_attn.q_proj,self_attn.v_proj", "1.self_attn.v_proj, layers.1.self_attn.q_proj"])
 def test_merging_is_the_closed_form_and_pefts(peft, targets):
     """W + 6/4 B A, layer by layer; the same from peft's own merge."""
     model, base = stirred(targets), load_model("toy/student")[0]
@@ -65,7 +65,7 @@ def test_merging_is_the_closed_form_and_pefts(peft, targets):
     name = "model.layers.1.self_attn.v_proj"
     a, b = (model.get_submodule(name).get_submodule(f"lora_{x}.default").weight for x in "AB")
     assert a.shape == (4, 64) and torch.allclose(merged[f"{name}.weight"], base.get_submodule(name).weight + 6 / 4 * b @ a, atol=1e-6)
-    assert len(lora.adapted(model)) == (3 * 7 if targets == "all-linear" else 3 * 2)
+    assert len(lora.adapted(model)) == (3 * 7 if targets == "all-linear" else 2 if "1" in targets else 3 * 2)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.shape(base.config, 4, targets).adapters
     want = model(input_ids=X).logits
     base.load_state_dict(merged, strict=False)
@@ -84,11 +84,20 @@ def test_with_the_adapters_off_it_is_the_start(peft):
     assert model.training and not torch.allclose(model(input_ids=X).logits, base(input_ids=X).logits, atol=0.1)
 
 
-@pytest.mark.parametrize("targets, says", [("lm_head", "the head is"), ("q_proj,embed_tokens", "embed_tokens is no linear layer"), ("nowhere", "not found"),
-                                           ("q_proj,v_porj", "no layer of this model is called 'v_porj'"), ("proj", "no layer|not found")])
-def test_adapters_where_they_cannot_be_are_refused(peft, targets, says):
-    with pytest.raises(ValueError, match=says):
-        lora.add_adapters(load_model("toy/student")[0], 4, 8, targets, "toy/student")
+@pytest.mark.parametrize("targets, says", [("lm_head", "lm_head is the head"), ("q_proj,embed_tokens", "model.embed_tokens is no linear layer"), ("nowhere", "called 'nowhere'"),
+                                           ("q_proj,v_porj", "called 'v_porj'"), ("proj", "no layer of this model is called 'proj'"), ("q_proj,", "called ''")])
+def test_adapters_where_they_cannot_be_are_refused_by_the_plan_too(targets, says):
+    model = load_model("toy/student")[0]
+    for refuses in (lambda: plan.shape(model.config, 4, targets), lambda: lora.layers_of(model, targets)):
+        with pytest.raises(ValueError, match=rf"^--lora_targets {targets}: .*{says}.*leave it out$"):
+            refuses()
+
+
+def test_a_refusal_leaves_the_model_as_it_was(peft):
+    model = load_model("toy/student")[0]
+    with pytest.raises(ValueError, match="called 'v_porj'"):
+        lora.add_adapters(model, 4, 8, "q_proj,v_porj", "toy/student")
+    assert lora.adapted(model) == {} and all(p.requires_grad for p in model.parameters())
 
 
 def test_the_kl_is_to_the_start(straight):

@@ -56,6 +56,8 @@ def test_the_table_says_error_and_interval(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "0.500 +- 0.125  [0.250, 0.750]" in lines[1] and "123.4 +- 12.0  [100.0, 150.0]" in lines[2]
     assert lines[3].split() == ["ungraded", "3"] and lines[0].startswith("mean +- std. error [95 %]")
+    report.print_table({"m": {"r(structure, true_structure)": report.Interval(math.nan, math.nan, math.nan)}})
+    assert capsys.readouterr().out.splitlines()[1].split() == ["r(structure,", "true_structure)", "nan"]
 
 
 def test_one_problem_has_figures_and_no_intervals(capsys):

@@ -372,6 +372,9 @@ def test_no_room_and_no_prompts() -> None:
     assert none.tokens.shape == none.logp.shape == none.mask.shape == (8, 0) and not none.lengths.any() and not none.finished.any() and none.completion(0) == []
     empty = Sampler(model(), STOPS, PAD).generate([], 2, 5, 1.0)
     assert len(empty.tokens) == len(empty.lengths) == len(empty.logp) == len(empty.finished) == 0
+    for prompts in ([[5]], [[5], [6, 7]], PROMPTS):
+        hidden, targets = predictors(model(), prompts, [[]] * len(prompts))
+        assert hidden.shape == (0, 32) and targets.shape == (0,) and targets.dtype == torch.int64
 
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:

@@ -497,7 +497,7 @@ def test_a_longer_pair_is_an_error_or_listed_never_cut(tmp_path: Path, capsys: p
     kept = load_pairs(config(path, max_length=lengths[1], skip_long=True), TOKENIZER)
     assert [len(p) + len(t) for p, t in kept] == lengths[:2]
     assert f"1 pairs of {path} are longer than {lengths[1]} tokens and are left out:\n  {path}:3: {lengths[2]} tokens" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="3 of 3 pairs are too long"):
+    with pytest.raises(ValueError, match="3 of 3 pairs are too long: a longer --max_length helps, or"):
         load_pairs(config(path, max_length=2, skip_long=True), TOKENIZER)
     with pytest.raises(ValueError, match=f"{lengths[2]} tokens, more than {lengths[1]} "):
         load_examples(config(path, max_length=1000), TOKENIZER, path, positions=lengths[1])          # the model's own limit holds too

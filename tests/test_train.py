@@ -175,6 +175,22 @@ def test_the_entropy_is_that_of_all_tokens_spreadless_groups_too(data):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
+def test_completions_without_a_token_are_no_rows(data, level):
+    """All of them: a skipped step. Some, in micro-batches of their own: the step of the others."""
+    cfg, model, tokenizer = replace(config(data, "unused"), level=level, beta=0.01, max_tokens=1), *load_model("toy/student")
+    start, sampler = load_model("toy/student")[0], Sampler(model, *stop_and_pad_ids(model, tokenizer))
+    moved = {}
+    for name, index, lengths in (("none", [0, 1], [0, 0]), ("some", [0, 1, 2, 3], [0, 3, 0, 3]), ("others", [1, 3], [3, 3])):
+        model.load_state_dict(start.state_dict())
+        prompts, adv = [([5], [6, 7])[n % 2] for n in index], torch.tensor([1.0, 1.0, -1.0, -0.5])[index]
+        rollout = replace(sampler.generate(prompts, 1, max(lengths), 1.0, seed=1, index=index), lengths=torch.tensor(lengths))
+        metrics = train.update(model, reference_logp(start, prompts, rollout, cfg), torch.optim.SGD(model.parameters(), lr=1.0), prompts, rollout, adv, adv != 0, cfg)
+        assert metrics["skipped_step"] == (name == "none") and metrics["nonfinite"] == 0
+        moved[name] = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters())]).detach()
+    assert not moved["none"].any() and moved["others"].abs().max() > 1e-3 and torch.allclose(moved["some"], moved["others"], atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_ratio_is_to_what_the_trainer_itself_said_first(data, level):
     """However far off the sampler's log-probs are: two updates are those on the trainer's own, and the sampling metrics say how far."""
     cfg, prompts = replace(config(data, "unused"), level=level, beta=0.0, clip_low=0.05, clip_high=0.05, max_tokens=200), []
