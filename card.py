@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from command import ConfigParser, Parser, ending, flag, folder
-from data import Problem, load_model, load_problems, problem_ids, read_jsonl, split_completion
+from data import Problem, check_record, load_model, load_problems, problem_ids, read_jsonl, split_completion
 from eval import evaluate
 from gsrm import GSRM, KINDS, MAX_FIELD, THOUSANDS, Judge, Pair, Step, exact_judge, format_steps, settled, structure_rewards, words
 from report import correlation
@@ -44,7 +44,8 @@ def read_socratic(record: object, where: str) -> tuple[Problem, list[Step]]:
     *lines, last = record["answer"].split("\n")
     rows = [(query, re.sub(r"<<[^<>]*>>", "", said).strip(), re.findall(r"<<[^<>]*=([^<>=]*)>>", said)) for query, _, said in (line.partition(" ** ") for line in lines)]
     steps = [Step("", query, marks[-1] if marks else said) for query, said, marks in rows if said]          # two questions of the file were left unanswered
-    return Problem(where, record["question"], last.removeprefix("#### ").strip(), ("\n".join(said for _, said, _ in rows if said),)), steps
+    traces = ["\n".join(said for _, said, _ in rows if said)]
+    return check_record({"id": where, "problem": record["question"], "answer": last.removeprefix("#### ").strip(), "teachers": traces}, where), steps
 
 
 def load_gold(path: str, limit: int) -> tuple[list[Problem], list[list[Step]] | None]:
@@ -63,9 +64,9 @@ def equal_steps(a: Step, b: Step) -> bool:
 
 
 def value_of(answer: str) -> Fraction | None:
-    """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", 7/2 for "3 1/2 hours", None where there is none."""
-    numbers = re.findall(r"(?:(\d+) (?=-?\d+/[1-9]))?((?:(?<![\d)%])-)?(?:\d+/[1-9]\d*|\d*\.?\d+))", THOUSANDS.sub(r"\1", answer[-MAX_FIELD:]))         # (whole or "", the rest)
-    return Fraction(numbers[-1][1]) + int(numbers[-1][0] or 0) if numbers else None
+    """The last number in a short answer: 18 for "$18" and "She sells 18 eggs", 7/2 for "3 1/2 hours", -7/2 for "-3 1/2", None where there is none."""
+    numbers = re.findall(r"((?:(?<![\d)%])-)?)(?:(\d+) (?=\d+/[1-9]))?(\d+/[1-9]\d*|\d*\.?\d+)", THOUSANDS.sub(r"\1", answer[-MAX_FIELD:]))         # (sign, whole or "", the rest)
+    return Fraction(numbers[-1][0] + "1") * (int(numbers[-1][1] or 0) + Fraction(numbers[-1][2])) if numbers else None
 
 
 def same_value(a: Step, b: Step) -> bool:

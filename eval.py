@@ -150,7 +150,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def settings(config: Config, budget: int, tokenizer: Tokenizer, problems: list[Problem], prompts: list[list[int]], gsrm: GSRM | None) -> dict:
-    """Everything that the generations and their scores follow from; a file is only gone on with under the same. Of the chat template the one in use counts."""
+    """What the generations and their scores follow from, but for the code (so a rule counts by its name); a file is only gone on with under the same. Of the chat
+    template the one in use counts."""
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = {file.name: file_hash(file) for pattern in MODEL_FILES for file in sorted(Path(config.model).glob(pattern)) if file.is_file()}
     packages = ("torch", "transformers", "math-verify") + (("vllm",) if config.engine == "vllm" else ())

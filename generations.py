@@ -35,7 +35,7 @@ def a_text(value: object) -> bool:
 
 
 def whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def real(value: object) -> bool:

@@ -41,11 +41,12 @@ RATIO = re.compile(r"(?:[^:=]+=)?([^:=]+(?::[^:=]+){2,})")              # 1:2:3,
 # in front of what a unit's name is not: 5 million dollars, 5 mod 7, 2 sin x
 NO_UNIT = r"""hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million|billion)ths?|and|over|plus|minus
     |mod|modulo|choose|factorial|squared|cubed|(?:more|less)\ than|(?:(?:square|cube)\ )?root|(?:arc)?(?:sin|cos|tan|cot|csc|cosec)h?|sec\ [a-z]+$|sech|arcsec|log|ln[a-z]?
-    |exp|max|sqrt|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
+    |exp|max|sqrt|pi|d[txy]|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi"""
 SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may have a power; a letter alone may not: 5 s^2 can be a polynomial
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
-UNITS = re.compile(rf"""(?<=[0-9}}])(?:\\[\ ,;:]|[\s~])*\\(?:text|textrm|mbox|mathrm)\s*\{{(?:\\?[\ ,;:~])*(?!(?i:{NO_UNIT})\b|e\^)(?=[A-Za-z~\ ]*[\\^/*])
+UNITS = re.compile(rf"""(?:(?<=[0-9}}])|(?<=\\pi)|(?<=\\circ))(?:\\[\ ,;:]|[\s~])*\\(?:text|textrm|mbox|(?P<up>mathrm|operatorname))\s*\{{(?:\\?[\ ,;:~])*(?!(?i:{NO_UNIT})\b|e\^)
+    (?:(?=[A-Za-z~\ ]*[\\^/*])|(?(up)(?=(?![A-Z]+\}})[A-Za-z]{{2}}|[ACFJKLNTVWghms]\}}|(?:[KMGT]?B|USD|EUR)\}})|(?!)))
     [A-Za-z](?:\\?[\ ,;:~]|\\cdot|[/*]|[A-Za-z]|\^-?[0-9]|\^\{{-?[0-9]\}})*\}}$""", re.VERBOSE)           # m\,s^{{-1}}, kg\cdot m/s^2
 MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\s*\{{\s*               # 12\text{{ or 13}}, 18\text{{ million}}: no unit either
     (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
@@ -91,11 +92,11 @@ def as_latex(answer: str) -> str:
     answer = WRAPPED.sub(r"\1", answer)
     if re.search(r"[0-9})]\s*\\mathrm\s*\{\s*~", answer):             # 75 \mathrm{~km} / \mathrm{h}: units as texts are read past
         answer = re.sub(r"\\mathrm(?![a-zA-Z])", r"\\text", answer)
-    answer = re.sub(r"\\degree(?![a-zA-Z])", r"^\\circ", COLOUR.sub("", answer).replace("{:}", ":"))
+    answer = re.sub(r"\\degree(?![a-zA-Z])", r"^\\circ", COLOUR.sub("", answer).replace("{:}", ":").replace("{}^", "^"))
     text = re.sub(f"\u207b?[{RAISED}]+", lambda power: ("^{%s}" if power[0][1:] else "^%s") % power[0].translate(LOWERED), answer)
     text = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset", text.translate(UNICODE)).rstrip(" \n."))
-    text = UNITS.sub(r"\\text{ unit}", text.strip())
-    text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", MORE.sub(r" \1", STYLED.sub(r"\1", text)))               # rows of a matrix, spaced
+    text = UNITS.sub(r"\\text{ unit}", re.sub(r"(\^\s*(?:\\circ|\{\s*\\circ\s*\}))(?:\\?\s)*[CFK]$", r"\1", text.strip()))
+    text = re.sub(r"\\\\\s*\[[0-9.]+ *(?:pt|mm|cm|ex|em)\]", r"\\\\", STYLED.sub(r"\1", MORE.sub(r" \1", text)))               # rows of a matrix, spaced
     text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248|\\pounds(?![a-zA-Z])|(?:approximately|about|around|USD|EUR|GBP|Rs\.?)\s)\s*", "", text)
     text = re.sub(r"(?<=[0-9])\s*\\(?:text|mathrm)\s*\{\s*i\s*\}", "i", text)          # upright, no unit
     text = re.sub(r"^([+-]?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})$", r"\1 \\cdot 10^{\2}", text)
@@ -139,8 +140,7 @@ def normalise(answer: str) -> str:
     text = re.sub(r"\\!\s*|\\?\$|\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|\\[()\[\]]", "", answer)
     for _ in range(2):                                                   # \textbf{(\text{C})}
         text = re.sub(r"\\(?:text(?:bf|it|rm)?|emph|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text))
-    text = text.strip().rstrip(". \n")
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ",", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)).strip().rstrip(". \n")
     if GROUPED.fullmatch(text):                                          # before blanks go: 100, 200 is a list
         return re.sub(r"[\s,]", "", text)
     return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)

@@ -60,7 +60,8 @@ def test_matched_uses_each_gold_step_once() -> None:
 @pytest.mark.parametrize(("answer", "value"), [("18", 18), ("$18", 18), ("She sells 18 eggs.", 18), ("1,026 dollars", 1026), ("2{,}000", 2000),
                                                ("-2.5", Fraction(-5, 2)), (".5", Fraction(1, 2)), ("3 of 4", 4), ("Ann", None),
                                                ("1/2", Fraction(1, 2)), ("-1/2", Fraction(-1, 2)), ("3 1/2 hours", Fraction(7, 2)), ("= 4/5 of a serving", Fraction(4, 5)),
-                                               ("10-15", 15), ("5 - -3", -3), ("118,000", 118_000)])
+                                               ("10-15", 15), ("5 - -3", -3), ("118,000", 118_000), ("-3 1/2", Fraction(-7, 2)),
+                                               ("2 and 1/2", Fraction(1, 2)), ("from 3 to -3 1/2 m", Fraction(-7, 2))])
 def test_value_of(answer: str, value: int | Fraction | None) -> None:
     assert value_of("9" * 5000) == value_of("9" * 600)               # Python reads no longer ones
     assert value_of(answer) == value
@@ -82,6 +83,9 @@ def test_socratic_lines_are_read() -> None:
     for bad in ({}, [], {"question": "x", "answer": "y"}, {"question": 1, "answer": "a ** b"}):
         with pytest.raises(ValueError, match="f:2: a line of GSM8K's socratic file"):
             read_socratic(bad, "f:2")
+    for question, answer, field in ((" ", "a ** b", "problem"), ("\ud800", "a ** b", "problem"), ("q", "a ** ", "teachers")):
+        with pytest.raises(ValueError, match=f"^f:2: field '{field}' must be"):
+            read_socratic({"question": question, "answer": answer}, "f:2")
 
 
 def test_every_line_of_the_public_file_is_read() -> None:

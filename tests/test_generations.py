@@ -42,7 +42,7 @@ def test_a_sample_that_is_there_twice_is_named(tmp_path, twice, first, again):
 
 WRONG = {
     "id": [3, None, ["p"]], "sample": ["0", None, -1, True], "temperature": ["1", -1, float("inf"), None], "correct": ["true", 1, 2], "answer": [4], "gold": [None, 7],
-    "problem": [None], "text": [None, 3, "\ud800"], "length": ["3", -1, 1.5, True], "stop": [["stop"], None, "eos"], "structure": ["0.5", float("nan"), 10**400, True],
+    "problem": [None], "text": [None, 3, "\ud800"], "length": ["3", -1, 1.5, True, 10**400], "stop": [["stop"], None, "eos"], "structure": ["0.5", float("nan"), 10**400, True],
     "true_structure": ["1"], "reason": [3], "steps": ["x", [["meta"]], [["meta", "query", "answer", "1"]], [["meta", "query", None, 1.0]]], "choices": [[1], "x"],
     "left_at": ["1", -1], "trace": [1.5], "step": ["1"], "advantage": ["1", None], "rewards": [[], {"structure": "1"}],
 }
