@@ -261,11 +261,12 @@ def results_file(text: str) -> Path:
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("command", nargs="?", choices=("run", "report", "measure"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "report", "measure"), default="run",
+                        help="run: what the results lack; report: the page and its pictures beside them (of docs/study.jsonl the README's tables, too); measure: samples once more")
     parser.add_argument("--quick", action="store_true", help="the small study: " + json.dumps(QUICK))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=" | ".join(ARMS))
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2, 3, 4])
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="levels of difficulty")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2, 3, 4], help="of sampling, order of the problems and evaluation (default: 0 1 2 3 4)")
     parser.add_argument("--jobs", type=at_least(1), default=max(1, (os.cpu_count() or 1)), help="arms that run side by side, each with its share of the cores")
     parser.add_argument("--results", type=results_file, default=Path("docs/study.jsonl"), help="a line a run (default: docs/study.jsonl; with --quick out/quick.jsonl)")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="where the runs go")
