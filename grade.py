@@ -46,7 +46,7 @@ SHORT = "(?:[kcm]m|in|ft|yd|mi|units?)"                                  # may h
 UNIT = re.compile(rf"""(?<=[0-9])\ +(?!(?i:{NO_UNIT})\b)
     ([A-Za-z]{{3}}[A-Za-z/\ ]*|L|in|(?:(?:{SHORT}|[kcm]?g|m?L|m)/(?:{SHORT}|min|hr|[smhgL])|{SHORT}(?=\^))(?:\^(?:[23]|\{{[23]\}}))?)$""", re.VERBOSE)
 UNITS = re.compile(rf"""(?:(?<=[0-9}}])|(?<=\\pi)|(?<=\\circ))(?:\\[\ ,;:]|[\s~])*\\(?:text|textrm|mbox|(?P<up>mathrm|operatorname))\s*\{{(?:\\?[\ ,;:~])*(?!(?i:{NO_UNIT})\b|e\^)
-    (?:(?=[A-Za-z~\ ]*[\\^/*])|(?(up)(?=(?![A-Z]+\}})[A-Za-z]{{2}}|[ACFJKLNTVWghms]\}}|(?:[KMGT]?B|USD|EUR)\}})|(?!)))
+    (?=[A-Za-z~\ ]*[\\^/*]|(?(up)(?:(?![A-Z]+\}})[A-Za-z]{{2}}|[ACFJKLNTVWghms]\}}|(?:[KMGT]?B|USD|EUR)\}})|(?!)))      # upright its letters are enough: cm, m, MB; not x, e, AB
     [A-Za-z](?:\\?[\ ,;:~]|\\cdot|[/*]|[A-Za-z]|\^-?[0-9]|\^\{{-?[0-9]\}})*\}}$""", re.VERBOSE)           # m\,s^{{-1}}, kg\cdot m/s^2
 MORE = re.compile(rf"""(?<=[0-9])(?:\\[\ ,;:]|\s)*\\(?:text|textrm|mbox|mathrm)\s*\{{\s*               # 12\text{{ or 13}}, 18\text{{ million}}: no unit either
     (?=(?:[,;]|\(?(?:or|if|to)\b)[^{{}}]*[0-9]|(?!mod|(?:squared|cubed)\ +[a-z])(?i:{NO_UNIT})\b)([^{{}}]*)\}}""", re.VERBOSE)
